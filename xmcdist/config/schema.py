@@ -1,0 +1,213 @@
+"""The whole configuration as plain dataclasses: types, defaults, and what each setting means.
+
+Imports nothing but the standard library, so ``--help`` and the config tests need no torch.
+Below the CLI, code receives these objects and never a ``DictConfig``.  What must hold
+between settings is checked in `xmcdist.config.compose`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = [
+    "CheckpointConfig",
+    "DatasetConfig",
+    "EncoderConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "FeaturesConfig",
+    "MatcherConfig",
+    "NegativesConfig",
+    "OptimizerConfig",
+    "RankerConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrackerConfig",
+    "TreeConfig",
+]
+
+
+@dataclass
+class DatasetConfig:
+    """Where documents and labels come from, and how to read them."""
+
+    name: str = "dataset"
+    path: str = "???"
+    format: str = "auto"  # auto | text | xc | jsonl | csv | parquet
+    prepared: str | None = None  # folder of the prepared form; null: inside the run folder
+    text_column: str = "text"  # jsonl, csv, parquet
+    labels_column: str = "labels"
+    label_separator: str = ";"  # csv: between the labels of one cell
+    split_column: str | None = None  # single file: column that says train or test
+    test_fraction: float = 0.1  # single file without split column: seeded share held out
+    split_seed: int = 0
+    drop_unlabelled: bool = False  # leave training documents without a label out
+    propensity_a: float = 0.55  # Jain et al. 2016: Wikipedia 0.5, Amazon 0.6, else 0.55
+    propensity_b: float = 1.5  # Wikipedia 0.4, Amazon 2.6, else 1.5
+
+
+@dataclass
+class FeaturesConfig:
+    """Sparse document features: TF-IDF fitted on the training texts, or given as X.*.npz."""
+
+    kind: str = "auto"  # auto (given if there, else tfidf) | tfidf | given
+    word_ngrams: list[int] | None = field(default_factory=lambda: [1, 1])  # [shortest, longest]; null: no words
+    char_ngrams: list[int] | None = None  # [shortest, longest] within word boundaries (char_wb); null: none
+    lowercase: bool = True
+    sublinear: bool = True  # 1 + ln(tf)
+    min_df: int = 2  # documents
+    max_df: float = 1.0  # share of the documents
+    max_features: int | None = 200_000  # most frequent terms kept, per analyzer
+    hashing_bits: int | None = None  # 2**bits hashed columns instead of a vocabulary
+
+
+@dataclass
+class TreeConfig:
+    """A label tree by balanced spherical k-means over label embeddings, or a given one."""
+
+    path: str | None = None  # a given tree: folder of C_1.npz .. C_T.npz, or of a saved LabelTree
+    label_features: str | None = None  # given label embeddings [L, any] .npz/.npy instead of PIFA
+    nr_splits: int = 16  # children a node
+    min_codes: int | None = None  # fewest nodes of the first level; null: nr_splits
+    max_leaf_size: int = 100  # most labels in a leaf cluster
+    kmeans_max_iter: int = 20
+    seed: int = 0
+
+
+@dataclass
+class EncoderConfig:
+    """A HuggingFace encoder, by name or folder; ``preset=none`` trains no encoder at all."""
+
+    preset: str = "none"  # none | minilm | tiny | hf
+    name: str | None = None  # preset=hf: model id or folder
+    pooling: str = "mean"  # cls | mean | pooler
+    layers: int | None = None  # keep the first so many layers
+    max_length: int = 128  # tokens
+    dropout: float | None = None  # null: what the model's own config says
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass
+class NegativesConfig:
+    """Which clusters' children compete with a document's positives while the matcher trains."""
+
+    scheme: str = "tfn+man"  # tfn | man | tfn+man
+    max_active: int = 1000  # most candidates a document; positives are always kept
+
+
+@dataclass
+class MatcherConfig:
+    """One encoder with a label-sharded head, fine-tuned level by level, coarse to fine."""
+
+    max_clusters: int = 32768  # levels with more nodes are not fine-tuned
+    loss: str = "weighted_squared_hinge"  # weighted_squared_hinge | squared_hinge | bce
+    bootstrap: str = "weighted-linear"  # linear | weighted-linear | inherit | none
+    bootstrap_c: float = 100.0
+    beam: int = 20  # clusters kept a document: source of matcher-aware negatives
+    steps: list[int] = field(default_factory=lambda: [300])  # optimizer steps a level; the last is repeated
+    scoring: str = "auto"  # auto | dense | pairs: how owned rows are scored
+    validation_fraction: float = 0.0  # of the training documents, for early stopping
+    eval_every: int = 100  # steps, when there is a validation split
+    patience: int = 3  # evaluations without improvement before a level stops
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW for the encoder, AdamW or lazy (sparse) Adam for the head rows."""
+
+    lr: float = 1e-4
+    head_lr: float | None = None  # null: lr
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+    clip: float = 1.0  # global norm over encoder and every shard of the head; 0 turns it off
+    head: str = "adamw"  # adamw | sparse_adam (only rows with candidates move)
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over the steps of one level."""
+
+    name: str = "linear"  # linear | cosine | constant
+    warmup: int = 20  # steps
+
+
+@dataclass
+class RankerConfig:
+    """Linear one-vs-all rankers, level by level along the refined tree."""
+
+    Cp: list[float] = field(default_factory=lambda: [1.0])  # cost of positives; per level, the last is repeated
+    Cn: list[float] = field(default_factory=lambda: [1.0])
+    eps: float = 0.1
+    max_iter: int = 100
+    bias: float = 1.0  # value of the bias feature; 0 turns it off
+    threshold: float = 0.1  # smaller sparse weights are dropped
+    max_nonzeros_per_label: int | None = None
+    cost_sensitive: bool = False  # weigh positives by the l1-normalised relevance induced up the tree
+    negatives: list[str] = field(default_factory=lambda: ["tfn"])  # tfn | man | tfn+man per level, last repeated
+    beam: int = 10
+    topk: int = 10
+    post_processor: str = "l3-hinge"
+    last_post_processor: str | None = None  # null: as post_processor; noop ranks by the raw leaf score
+    features: str = "both"  # both | sparse | dense: TF-IDF, embedding, or their concatenation
+
+
+@dataclass
+class EngineConfig:
+    """Batching, precision, threads and the data-parallel engine."""
+
+    name: str = "cpu"  # cpu | ddp
+    global_batch: int = 32  # documents an optimizer step, over all ranks
+    micro_batch: int = 32  # most documents a rank encodes at once; accumulation is derived
+    precision: str = "fp32"  # fp32 | bf16
+    threads: int | None = None  # a process; null: cores divided by local processes
+    timeout_s: int = 1800  # a collective without an answer ends the job
+
+
+@dataclass
+class CheckpointConfig:
+    """Resumable state inside a level (stages are always committed)."""
+
+    every_steps: int = 200  # 0 turns it off
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    name: str = "jsonl"  # jsonl | wandb
+    log_every: int = 20  # steps
+    project: str = "xmcdist"
+    mode: str = "offline"  # wandb: offline | online
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured on the test documents."""
+
+    ks: list[int] = field(default_factory=lambda: [1, 3, 5, 10])
+    linear_baseline: bool = True  # also train and score TF-IDF rankers alone, for comparison
+    head_share: float = 0.2  # most frequent labels, by count, called head
+    tail_below: int = 6  # labels with fewer training documents are called tail; between: torso
+
+
+@dataclass
+class RunConfig:
+    """Everything one training run needs."""
+
+    run_dir: str = "runs/default"
+    seed: int = 0
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    ranker_tree: TreeConfig = field(default_factory=TreeConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    matcher: MatcherConfig = field(default_factory=MatcherConfig)
+    negatives: NegativesConfig = field(default_factory=NegativesConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ranker: RankerConfig = field(default_factory=RankerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

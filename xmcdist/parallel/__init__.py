@@ -1,0 +1,1 @@
+"""Ranks, who owns what, and the collectives between them."""

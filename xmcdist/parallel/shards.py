@@ -1,0 +1,64 @@
+"""Which rank owns which labels.
+
+`LabelShard` is the only place in xmcdist that turns (rank, world size) into a
+label range.  Everything else asks a shard; nobody else writes ``rank * L // W``.
+
+Ranges are half-open ``[start, stop)`` and differ in size by at most one label,
+so no padding label exists and no label is owned twice or by nobody.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["LabelShard", "row_range"]
+
+
+def row_range(rows: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Half-open range of ``rows`` that a rank takes; sizes differ by at most one, 0 allowed."""
+    return rank * rows // world_size, (rank + 1) * rows // world_size
+
+
+@dataclass(frozen=True, slots=True)
+class LabelShard:
+    """The contiguous slice of the label space that one rank owns."""
+
+    rank: int
+    world_size: int
+    num_labels: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank ({self.rank}) must be in [0, world_size={self.world_size})")
+        if self.num_labels < self.world_size:
+            raise ValueError(
+                f"cannot shard {self.num_labels} labels over {self.world_size} ranks: "
+                "some ranks would own none. Start fewer processes."
+            )
+
+    @property
+    def start(self) -> int:
+        return row_range(self.num_labels, self.rank, self.world_size)[0]
+
+    @property
+    def stop(self) -> int:
+        return row_range(self.num_labels, self.rank, self.world_size)[1]
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def owns(self, labels: Tensor) -> Tensor:
+        """Mask of the global label ids, any shape, that this rank owns."""
+        return (labels >= self.start) & (labels < self.stop)
+
+    def to_local(self, labels: Tensor) -> Tensor:
+        """Global ids to row numbers of this rank's weight; every id must be owned."""
+        return labels - self.start
+
+    def owner_of(self, labels: Tensor) -> Tensor:
+        """The rank that owns each global label id; same shape, int64."""
+        top = (labels.to(torch.int64) + 1) * self.world_size - 1
+        return torch.div(top, self.num_labels, rounding_mode="floor")
