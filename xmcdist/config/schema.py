@@ -14,16 +14,19 @@ __all__ = [
     "DatasetConfig",
     "EncoderConfig",
     "EngineConfig",
+    "EvaluateConfig",
     "EvaluationConfig",
     "FeaturesConfig",
     "MatcherConfig",
     "NegativesConfig",
     "OptimizerConfig",
+    "PredictConfig",
     "RankerConfig",
     "RunConfig",
     "ScheduleConfig",
     "TrackerConfig",
     "TreeConfig",
+    "TreeShowConfig",
 ]
 
 
@@ -211,3 +214,40 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass
+class PredictConfig:
+    """Predict labels for the lines of a file with a model folder."""
+
+    model: str = "???"
+    input: str = "???"  # one document a line, or .jsonl with text_column; .gz too
+    output: str = "???"  # JSONL: one object a document
+    text_column: str = "text"
+    k: int = 10
+    beam: int | None = None  # null: as trained
+    batch: int = 1024  # documents at a time
+
+
+@dataclass
+class EvaluateConfig:
+    """Measure a model folder on the test split of a data set."""
+
+    model: str = "???"
+    output: str | None = None  # JSON file for the metrics; null: only printed
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    beam: int | None = None
+    batch: int = 1024
+
+
+@dataclass
+class TreeShowConfig:
+    """Look at the label tree of a run or a model."""
+
+    action: str = "show"
+    run_dir: str | None = None  # a run folder ...
+    model: str | None = None  # ... or a model folder
+    label: str | None = None  # label id, or its text
+    level: int | None = None  # with cluster: which node
+    cluster: int | None = None

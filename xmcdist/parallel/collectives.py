@@ -35,6 +35,10 @@ __all__ = [
 
 T = TypeVar("T")
 
+# torch 2.13 renamed these two and warns of the old names; 2.11 has only the old ones.
+_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 NO_LABEL = -1
 """Fills candidate slots that a small shard cannot fill; scored -inf, sorted last."""
 
@@ -179,7 +183,7 @@ class _GatherRows(torch.autograd.Function):
         mine = x.new_zeros((longest, x.shape[1]))
         mine[: x.shape[0]] = x
         out = x.new_empty((len(sizes) * longest, x.shape[1]))
-        dist.all_gather_into_tensor(out, mine, group=group)
+        _gather_single(out, mine, group=group)
         if min(sizes) == longest:
             return out
         return torch.cat([out[r * longest : r * longest + n] for r, n in enumerate(sizes)])
@@ -194,7 +198,7 @@ class _GatherRows(torch.autograd.Function):
                 blocks[r, : ctx.sizes[r]] = block
             grad = blocks.reshape(-1, grad.shape[1])
         out = grad.new_empty((longest, grad.shape[1]))
-        dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
+        _reduce_scatter_single(out, grad.contiguous(), group=ctx.group)
         return out[: ctx.sizes[ctx.rank]] * ctx.scale, None, None, None, None
 
 

@@ -1,0 +1,57 @@
+"""What all commands share: Hydra in front, one clear line for a person's mistake, orderly exit."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from xmcdist.config.compose import compose_run, conf_dir, register, to_object
+from xmcdist.config.errors import UserError
+from xmcdist.parallel.launch import rank_from_environment
+
+__all__ = ["run"]
+
+
+def run(config_name: str, body: Callable[[Any], None]) -> None:
+    """Compose the configuration from ``sys.argv``, check it, and hand it to ``body``.
+
+    Hydra's own flags work (``--help``, ``--cfg job``, ``-m``).  A `UserError` ends with
+    its message and status 2; every other exception is ours and keeps its traceback
+    (``XMCDIST_DEBUG=1`` shows the traceback of the former too).
+    """
+    import hydra
+
+    rank, world_size = rank_from_environment()
+    overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
+    flags = [a for a in sys.argv[1:] if a.startswith("-")]
+    try:
+        register()
+        if not flags:
+            compose_run(overrides, config_name=config_name, world_size=world_size)
+
+        def job(composed: Any) -> None:
+            try:
+                body(to_object(composed, world_size))
+            except UserError as error:
+                _give_up(error, rank)
+            except Exception:
+                # Said here, whole and once: Hydra would shorten it and hide the cause.
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1) if world_size > 1 else sys.exit(1)
+
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
+    except UserError as error:
+        _give_up(error, rank)
+
+
+def _give_up(error: UserError, rank: int) -> None:
+    if os.environ.get("XMCDIST_DEBUG") == "1":
+        traceback.print_exc()
+    if rank == 0:
+        print(f"xmcdist: error: {error}", file=sys.stderr, flush=True)
+    # A rank that is alone in its error must not wait for the others in interpreter shutdown.
+    os._exit(2) if rank_from_environment()[1] > 1 else sys.exit(2)

@@ -1,0 +1,157 @@
+"""What must hold of settings, alone and together; every fault is told, not just the first."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from xmcdist.config.schema import RunConfig
+
+__all__ = ["POST_PROCESSORS", "check_run"]
+
+POST_PROCESSORS = (
+    "noop",
+    "sigmoid",
+    "log-sigmoid",
+    *(f"{log}l{p}-hinge" for log in ("", "log-") for p in (1, 2, 3, 4)),
+)
+
+_SCHEMES = ("tfn", "man", "tfn+man")
+_CHOICES: dict[str, Sequence[str]] = {
+    "dataset.format": ("auto", "text", "xc", "jsonl", "csv", "parquet"),
+    "features.kind": ("auto", "tfidf", "given"),
+    "encoder.preset": ("none", "minilm", "tiny", "hf"),
+    "encoder.pooling": ("cls", "mean", "pooler"),
+    "negatives.scheme": _SCHEMES,
+    "matcher.loss": ("weighted_squared_hinge", "squared_hinge", "bce"),
+    "matcher.bootstrap": ("linear", "weighted-linear", "inherit", "none"),
+    "matcher.scoring": ("auto", "dense", "pairs"),
+    "optimizer.head": ("adamw", "sparse_adam"),
+    "schedule.name": ("linear", "cosine", "constant"),
+    "ranker.post_processor": POST_PROCESSORS,
+    "ranker.features": ("both", "sparse", "dense"),
+    "engine.name": ("cpu", "ddp"),
+    "engine.precision": ("fp32", "bf16"),
+    "tracker.name": ("jsonl", "wandb"),
+    "tracker.mode": ("offline", "online"),
+}
+_AT_LEAST: dict[str, float] = {
+    "tree.nr_splits": 2,
+    "tree.max_leaf_size": 1,
+    "tree.kmeans_max_iter": 1,
+    "ranker_tree.nr_splits": 2,
+    "ranker_tree.max_leaf_size": 1,
+    "ranker_tree.kmeans_max_iter": 1,
+    "encoder.max_length": 2,
+    "matcher.max_clusters": 1,
+    "matcher.beam": 1,
+    "matcher.eval_every": 1,
+    "matcher.patience": 1,
+    "negatives.max_active": 1,
+    "optimizer.lr": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.clip": 0,
+    "schedule.warmup": 0,
+    "ranker.max_iter": 1,
+    "ranker.beam": 1,
+    "ranker.topk": 1,
+    "ranker.threshold": 0,
+    "ranker.bias": 0,
+    "engine.global_batch": 1,
+    "engine.micro_batch": 1,
+    "engine.timeout_s": 1,
+    "checkpoint.every_steps": 0,
+    "tracker.log_every": 1,
+    "features.min_df": 1,
+    "evaluation.tail_below": 0,
+}
+
+
+def check_run(cfg: RunConfig, world_size: int) -> list[str]:
+    """Every fault of a training configuration, as sentences; empty when it is sound."""
+    faults = [
+        f"{field}={_get(cfg, field)} is none of {', '.join(options)}{_near(_get(cfg, field), options)}"
+        for field, options in _CHOICES.items()
+        if _get(cfg, field) not in options
+    ]
+    faults += [
+        f"{field}={_get(cfg, field)} must be at least {low:g}"
+        for field, low in _AT_LEAST.items()
+        if _get(cfg, field) < low
+    ]
+    faults += [text for bad, text in _together(cfg, world_size) if bad]
+    return faults
+
+
+def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
+    f, e, m, r = cfg.features, cfg.encoder, cfg.matcher, cfg.ranker
+    last = r.last_post_processor
+    ngrams = [(n, g) for n, g in (("word", f.word_ngrams), ("char", f.char_ngrams)) if g is not None]
+    return [
+        (e.preset == "hf" and not e.name, "encoder=hf needs encoder.name, a model id or a folder"),
+        (e.layers is not None and e.layers < 1, f"encoder.layers={e.layers} must be at least 1, or null for all"),
+        (e.dropout is not None and not 0 <= e.dropout < 1, f"encoder.dropout={e.dropout} must be in [0, 1)"),
+        (e.preset == "none" and r.features == "dense", "ranker.features=dense needs an encoder; encoder=none has none"),
+        (not ngrams, "features.word_ngrams and features.char_ngrams are both null: set one"),
+        *(
+            (len(g) != 2 or not 1 <= g[0] <= g[1], f"features.{n}_ngrams={g} must be [shortest, longest]")
+            for n, g in ngrams
+        ),
+        (not 0 < f.max_df <= 1, f"features.max_df={f.max_df} is a share of the documents, in (0, 1]"),
+        (
+            f.max_features is not None and f.max_features < 1,
+            f"features.max_features={f.max_features} must be at least 1, or null for all",
+        ),
+        (
+            f.hashing_bits is not None and not 1 <= f.hashing_bits <= 30,
+            f"features.hashing_bits={f.hashing_bits} must be in 1..30",
+        ),
+        (not m.steps or min(m.steps) < 1, f"matcher.steps={m.steps} needs at least one positive number of steps"),
+        (
+            not 0 <= m.validation_fraction < 1,
+            f"matcher.validation_fraction={m.validation_fraction} must be in [0, 1)",
+        ),
+        (m.bootstrap_c <= 0, f"matcher.bootstrap_c={m.bootstrap_c} must be positive"),
+        (
+            not r.Cp or not r.Cn or min(r.Cp + r.Cn) <= 0,
+            f"ranker.Cp={r.Cp} and ranker.Cn={r.Cn} need positive costs",
+        ),
+        (r.eps <= 0, f"ranker.eps={r.eps} must be positive"),
+        (
+            not r.negatives or any(n not in _SCHEMES for n in r.negatives),
+            f"ranker.negatives={r.negatives} must list {', '.join(_SCHEMES)}",
+        ),
+        (
+            last is not None and last not in POST_PROCESSORS,
+            f"ranker.last_post_processor={last} is none of {', '.join(POST_PROCESSORS)}{_near(last, POST_PROCESSORS)}",
+        ),
+        (
+            not 0 < cfg.dataset.test_fraction < 1,
+            f"dataset.test_fraction={cfg.dataset.test_fraction} must be in (0, 1)",
+        ),
+        (
+            not cfg.evaluation.ks or min(cfg.evaluation.ks) < 1,
+            f"evaluation.ks={cfg.evaluation.ks} needs positive cut-offs",
+        ),
+        (
+            not 0 < cfg.evaluation.head_share < 1,
+            f"evaluation.head_share={cfg.evaluation.head_share} must be in (0, 1)",
+        ),
+        (
+            e.preset != "none" and cfg.engine.global_batch < world_size,
+            f"engine.global_batch={cfg.engine.global_batch} is smaller than the {world_size} processes",
+        ),
+    ]
+
+
+def _get(cfg: RunConfig, field: str) -> Any:
+    value: Any = cfg
+    for name in field.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _near(value: object, options: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
