@@ -70,6 +70,7 @@ class StageStore:
         seconds = time.perf_counter() - start
         if self.world.is_main:
             (partial / "partial.json").unlink()
+            shutil.rmtree(partial / "checkpoints", ignore_errors=True)
             write_json(
                 partial / "stage.json", {"stage": name, "fingerprint": mark, "inputs": inputs, "seconds": seconds}
             )
@@ -79,8 +80,8 @@ class StageStore:
         self.say(f"{name}: {seconds:.1f} s")
         return place
 
-    def guard(self, config: dict[str, Any]) -> None:
-        """Refuse a run folder of another configuration; remember this one in a fresh folder.
+    def check(self, config: dict[str, Any]) -> None:
+        """Refuse a run folder of another configuration; writes nothing; collective.
 
         Args:
             config: flat ``{"group.key": value}`` of the settings that shape the result.
@@ -89,20 +90,24 @@ class StageStore:
             UserError: the folder holds a run with other settings; the message shows each.
         """
         path = self.run_dir / "config.json"
-        if self.world.is_main:
+        if self.world.is_main and path.exists():
+            before = read_json(path)
+            now = json.loads(json.dumps(config, default=str))
+            changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+            if changed:
+                rows = "\n".join(f"  {k}: there {before.get(k)!r}, asked {now.get(k)!r}" for k in changed)
+                raise UserError(
+                    f"{self.run_dir} holds a run with other settings:\n{rows}\n"
+                    "Choose another run_dir=..., or delete that folder if it is not wanted any more."
+                )
+        self.world.barrier()
+
+    def remember(self, config: dict[str, Any]) -> None:
+        """Make the run folder this configuration's own, once its data proved sound; collective."""
+        path = self.run_dir / "config.json"
+        if self.world.is_main and not path.exists():
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                before = read_json(path)
-                now = json.loads(json.dumps(config, default=str))
-                changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-                if changed:
-                    rows = "\n".join(f"  {k}: there {before.get(k)!r}, asked {now.get(k)!r}" for k in changed)
-                    raise UserError(
-                        f"{self.run_dir} holds a run with other settings:\n{rows}\n"
-                        "Choose another run_dir=..., or delete that folder if it is not wanted any more."
-                    )
-            else:
-                write_json(path, config)
+            write_json(path, config)
         self.world.barrier()
 
     def _finished(self, place: Path, mark: str) -> float | None:

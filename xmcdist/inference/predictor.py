@@ -1,0 +1,150 @@
+"""A trained model folder, ready to answer: texts in, labels with scores out, on a CPU.
+
+Needs nothing of the training data.  The rankers are memory-mapped, so opening is quick and
+processes on one machine share them; torch is imported only when the model has an encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+from xmcdist.checkpoint.atomic import read_json
+from xmcdist.config.errors import UserError
+from xmcdist.data.dataset import TextStore
+from xmcdist.features.tfidf import Tfidf
+from xmcdist.inference.beam import beam_search, top_k_arrays
+from xmcdist.rankers.model import LinearTree
+from xmcdist.sparse.csr import as_csr, unit_rows
+from xmcdist.sparse.features import Features
+
+if TYPE_CHECKING:
+    from xmcdist.encoders.embed import TextEmbedder
+
+__all__ = ["MODEL_FORMAT", "Prediction", "Predictor"]
+
+MODEL_FORMAT = 1
+
+
+class Prediction(NamedTuple):
+    """One label of an answer."""
+
+    label: str  # its text
+    score: float
+    label_id: int
+
+
+class Predictor:
+    """What `xmcdist.load` returns."""
+
+    def __init__(
+        self,
+        rankers: LinearTree,
+        label_texts: TextStore,
+        label_frequency: np.ndarray,
+        meta: dict[str, object],
+        tfidf: Tfidf | None,
+        embedder: TextEmbedder | None,
+    ) -> None:
+        self.rankers, self.label_texts, self.label_frequency = rankers, label_texts, label_frequency
+        self.meta, self.tfidf, self.embedder = meta, tfidf, embedder
+
+    @classmethod
+    def load(cls, path: str | Path) -> Predictor:
+        """Open a model folder; runs no code from it.
+
+        Raises:
+            UserError: no model there, a newer format, or a damaged file.
+        """
+        folder = Path(path)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} is no model folder: it has no config.json (a run keeps its model in RUN/model)")
+        meta = read_json(folder / "config.json")
+        if meta.get("format") != MODEL_FORMAT:
+            raise UserError(f"{folder} has model format {meta.get('format')}; this version reads {MODEL_FORMAT}")
+        embedder = None
+        if meta["encoder"]:
+            from xmcdist.encoders.embed import TextEmbedder
+
+            embedder = TextEmbedder.load(folder / "encoder")
+        return cls(
+            LinearTree.load(folder / "rankers"),
+            TextStore.open(folder, "label_texts"),
+            np.load(folder / "label_frequency.npy", mmap_mode="r", allow_pickle=False),
+            meta,
+            Tfidf.load(folder / "tfidf") if meta["tfidf"] else None,
+            embedder,
+        )
+
+    @property
+    def num_labels(self) -> int:
+        return self.rankers.tree.num_labels
+
+    @property
+    def num_train(self) -> int:
+        """Documents the model was trained on."""
+        return int(str(self.meta["num_train"]))
+
+    @property
+    def wants_features(self) -> bool:
+        """The sparse features came with the data, so they must be given here too."""
+        return self.rankers.num_sparse > 0 and self.tfidf is None
+
+    @property
+    def wants_text(self) -> bool:
+        return self.tfidf is not None or self.embedder is not None
+
+    def predict(
+        self, texts: Sequence[str], k: int = 5, *, features: sp.csr_matrix | None = None, beam: int | None = None
+    ) -> list[list[Prediction]]:
+        """The best ``k`` labels of each text, best first.
+
+        Args:
+            texts: documents; one without known words is answered from what is common.
+            k: labels a document; fewer come back when the beam holds fewer.
+            features: ``[len(texts), D]`` for a model trained on given features.
+            beam: clusters kept a level; more is slower and finds more.
+
+        Raises:
+            UserError: a lone string instead of a list, or features missing or of another width.
+        """
+        scores, labels = top_k_arrays(self.scores(texts, features=features, k=k, beam=beam), k)
+        return [
+            [Prediction(self.label_texts[int(i)], float(s), int(i)) for s, i in zip(row_s, row_i, strict=True) if i >= 0]
+            for row_s, row_i in zip(scores, labels, strict=True)
+        ]
+
+    def scores(
+        self, texts: Sequence[str] | None, *, features: sp.csr_matrix | None = None, k: int = 10, beam: int | None = None
+    ) -> sp.csr_matrix:
+        """Scores of the best ``k`` labels as CSR ``[n, L]``; see `predict`."""
+        return beam_search(
+            self.rankers,
+            self._features(texts, features),
+            beam=beam or int(str(self.meta["beam"])),
+            topk=k,
+            post_processor=self.rankers.post_processor,
+            last_post_processor=self.rankers.last_post_processor,
+        )
+
+    def _features(self, texts: Sequence[str] | None, given: sp.csr_matrix | None) -> Features:
+        if isinstance(texts, str):
+            raise UserError("predict takes a list of texts; write predict([text])")
+        if self.wants_text and texts is None:
+            raise UserError("this model reads texts; give them")
+        sparse = dense = None
+        if self.tfidf is not None and self.rankers.num_sparse:
+            sparse = self.tfidf.transform(texts or [])
+        elif self.wants_features:
+            if given is None:
+                raise UserError(f"this model was trained on given features: pass features=[n, {self.rankers.num_sparse}]")
+            sparse = unit_rows(as_csr(given, "features"))
+            if sparse.shape[1] != self.rankers.num_sparse:
+                raise UserError(f"features have {sparse.shape[1]} columns; the model has {self.rankers.num_sparse}")
+        if self.embedder is not None and self.rankers.num_dense:
+            dense = self.embedder(list(texts or []))
+        return Features(sparse=sparse, dense=dense)

@@ -1,0 +1,83 @@
+"""The last stage: a model folder that needs nothing else of the run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xmcdist.checkpoint.atomic import replace_folder, write_json
+from xmcdist.inference.predictor import MODEL_FORMAT
+from xmcdist.observability.environment import versions
+from xmcdist.pipelines.evaluation import label_frequency
+from xmcdist.pipelines.prepare import prepared_folder
+from xmcdist.pipelines.run import Run
+from xmcdist.rankers.model import LinearTree
+
+__all__ = ["export_stage"]
+
+
+def export_stage(run: Run, rankers: LinearTree, encoder: Path | None, sparse: bool) -> Path:
+    """Write ``RUN/model``; skipped when it was made from the same rankers.
+
+    Args:
+        rankers: over the tree whose leaves are labels.
+        encoder: folder of the fine-tuned encoder and its tokenizer; None without one.
+        sparse: the rankers read TF-IDF columns, so the vocabulary travels along.
+    """
+    last = list(run.stages.prints)[-1]
+
+    def body(folder: Path) -> None:
+        if run.world.is_main:
+            _write(run, rankers, encoder, sparse, folder / "model")
+
+    stage = run.stages.run("export", run.inputs("ranker", after=(last,), beam=run.cfg.ranker.beam), body)
+    model = Path(run.cfg.run_dir) / "model"
+    if run.world.is_main and not (model / "config.json").exists():
+        _link(stage / "model", model)
+    run.world.barrier()
+    return model
+
+
+def _write(run: Run, rankers: LinearTree, encoder: Path | None, sparse: bool, model: Path) -> None:
+    model.mkdir()
+    rankers.save(model / "rankers")
+    tfidf = Path(run.cfg.run_dir) / "stages" / "features" / "tfidf"
+    with_tfidf = sparse and tfidf.is_dir()
+    if with_tfidf:
+        _link(tfidf, model / "tfidf")
+    if encoder is not None:
+        _link(encoder, model / "encoder")
+    for path in prepared_folder(run.cfg).glob("label_texts.*"):
+        shutil.copy2(path, model / path.name)
+    np.save(model / "label_frequency.npy", label_frequency(run.data.Y("trn")))
+    meta: dict[str, Any] = {
+        "format": MODEL_FORMAT,
+        "tfidf": with_tfidf,
+        "encoder": encoder is not None,
+        "beam": run.cfg.ranker.beam,
+        "num_train": run.data.num_docs("trn"),
+        "num_labels": run.data.num_labels,
+        "versions": versions(),
+    }
+    write_json(model / "config.json", meta)
+    shutil.rmtree(Path(run.cfg.run_dir) / "model", ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Copy a folder by hard links where the file system has them: the bytes are there already."""
+
+    def one(a: str, b: str) -> str:
+        try:
+            os.link(a, b)
+        except OSError:
+            shutil.copy2(a, b)
+        return b
+
+    beside = target.with_name(target.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(source, beside, copy_function=one)
+    replace_folder(beside, target)

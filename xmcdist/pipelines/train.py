@@ -1,0 +1,174 @@
+"""The main story: data, features, tree, matcher, rankers, measures, model folder."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xmcdist.checkpoint.atomic import write_json
+from xmcdist.checkpoint.stages import StageStore, fingerprint
+from xmcdist.config.errors import UserError
+from xmcdist.config.schema import RunConfig
+from xmcdist.evaluation.table import format_table
+from xmcdist.inference.beam import beam_search
+from xmcdist.observability.environment import peak_memory_mb, versions
+from xmcdist.observability.log import RunLog
+from xmcdist.parallel.collectives import gather_objects
+from xmcdist.parallel.launch import World
+from xmcdist.pipelines.evaluation import TABLE_KEYS, label_frequency, measure
+from xmcdist.pipelines.export import export_stage
+from xmcdist.pipelines.features import features_stage
+from xmcdist.pipelines.prepare import prepare_data
+from xmcdist.pipelines.ranking import rank_stages
+from xmcdist.pipelines.run import Run, shaping_settings
+from xmcdist.pipelines.tree import tree_stage
+from xmcdist.rankers.model import LinearTree
+from xmcdist.sparse.features import Features
+from xmcdist.sparse.store import open_csr
+
+__all__ = ["train"]
+
+
+def train(cfg: RunConfig, world: World) -> dict[str, Any]:
+    """Run every stage that is not done yet; collective.
+
+    Returns:
+        What ``results.json`` holds: ``metrics`` and ``baseline`` (percent), ``seconds`` per
+        stage, ``peak_memory_mb``, ``world_size``, ``versions``, ``config_hash``.
+
+    Raises:
+        UserError: a fault of settings, data or environment; nothing finished is lost.
+    """
+    started = time.perf_counter()
+    run_dir = Path(cfg.run_dir)
+    _set_threads(cfg, world)
+    log = RunLog(run_dir, world)
+    stages = StageStore(run_dir, world, log.say)
+    settings = shaping_settings(cfg)
+    stages.check(settings)
+    if cfg.encoder.preset != "none":
+        from xmcdist.encoders.hf import check_available
+
+        check_available(cfg.encoder)
+    data = prepare_data(cfg, world, log.say)
+    if cfg.encoder.preset != "none" and not data.has_text:
+        raise UserError("this data set has features but no texts, so only the linear path is open: set encoder=none")
+    stages.remember(settings)
+    stages.seconds["prepare"] = time.perf_counter() - started
+    run = Run(cfg, world, log, stages, data)
+    _start_trackers(run)
+    log.say(
+        f"{data.num_docs('trn')} documents, {data.num_labels} labels, {world.world_size} "
+        f"process{'es' if world.world_size > 1 else ''}, run folder {run_dir}"
+    )
+    metrics, baseline = _stages(run)
+    results = _results(run, metrics, baseline, time.perf_counter() - started)
+    log.close()
+    return results
+
+
+def _stages(run: Run) -> tuple[dict[str, float], dict[str, float]]:
+    cfg, has_test = run.cfg, run.data.has_test
+    sparse = features_stage(run)
+    X = open_csr(sparse / "X.trn")
+    X_test = open_csr(sparse / "X.tst") if has_test else None
+    tree = tree_stage(run, "tree", cfg.tree, Features(sparse=X, dense=None), after=("features",))
+    linear_only = cfg.encoder.preset == "none"
+    baseline: dict[str, float] = {}
+    linear = None
+    if linear_only or (cfg.evaluation.linear_baseline and has_test):
+        linear = rank_stages(run, "linear", Features(sparse=X, dense=None), tree, after=("features", "tree"))
+        if X_test is not None:
+            baseline = _measure(run, linear, Features(sparse=X_test, dense=None))
+    if linear_only and linear is not None:
+        export_stage(run, linear, encoder=None, sparse=True)
+        return baseline, baseline
+    from xmcdist.pipelines.matching import match_stages
+
+    matched = match_stages(run, tree)
+    dense = np.load(matched / "E.trn.npy", mmap_mode="r", allow_pickle=False)
+    dense_test = np.load(matched / "E.tst.npy", mmap_mode="r", allow_pickle=False) if has_test else None
+    use_sparse, use_dense = cfg.ranker.features != "dense", cfg.ranker.features != "sparse"
+    features = Features(sparse=X if use_sparse else None, dense=dense if use_dense else None)
+    after = ("features", "tree", "embed")
+    refined = tree_stage(run, "ranker_tree", cfg.ranker_tree, features, after=after)
+    rankers = rank_stages(run, "rank", features, refined, after=(*after, "ranker_tree"))
+    metrics: dict[str, float] = {}
+    if has_test:
+        test = Features(sparse=X_test if use_sparse else None, dense=dense_test if use_dense else None)
+        metrics = _measure(run, rankers, test)
+    export_stage(run, rankers, encoder=matched / "encoder" if use_dense else None, sparse=use_sparse)
+    return metrics, baseline
+
+
+def _measure(run: Run, rankers: LinearTree, features: Features) -> dict[str, float]:
+    cfg = run.cfg
+    Y = run.data.Y("trn")
+    return measure(
+        lambda start, stop: beam_search(
+            rankers,
+            features.rows(start, stop),
+            beam=cfg.ranker.beam,
+            topk=max(cfg.ranker.topk, *cfg.evaluation.ks),
+            post_processor=rankers.post_processor,
+            last_post_processor=rankers.last_post_processor,
+        ),
+        run.data.Y("tst"),
+        label_frequency(Y),
+        Y.shape[0],
+        cfg.evaluation,
+        (cfg.dataset.propensity_a, cfg.dataset.propensity_b),
+        run.world,
+    )
+
+
+def _results(run: Run, metrics: dict[str, float], baseline: dict[str, float], wall: float) -> dict[str, Any]:
+    peaks = gather_objects(peak_memory_mb())
+    results = {
+        "metrics": metrics,
+        "baseline": baseline,
+        "seconds": {name: round(s, 3) for name, s in run.stages.seconds.items()},
+        "seconds_this_start": round(wall, 3),
+        "stages_skipped": run.stages.skipped,
+        "peak_memory_mb": round(max(peaks), 1),
+        "peak_memory_mb_per_rank": [round(p, 1) for p in peaks],
+        "world_size": run.world.world_size,
+        "versions": versions(),
+        "config_hash": fingerprint(shaping_settings(run.cfg)),
+        "config": asdict(run.cfg),
+    }
+    if run.world.is_main:
+        write_json(Path(run.cfg.run_dir) / "results.json", results)
+        if metrics:
+            rows = {"linear only": baseline} if baseline else {}
+            if run.cfg.encoder.preset != "none":
+                rows["full"] = metrics
+            print(format_table(rows, TABLE_KEYS), flush=True)
+        run.log.say(f"model in {Path(run.cfg.run_dir) / 'model'}; {wall:.0f} s since this start")
+    run.world.barrier()
+    return results
+
+
+def _set_threads(cfg: RunConfig, world: World) -> None:
+    """Share the machine's cores out over its processes; the compiled kernels and torch alike."""
+    import numba
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = cfg.engine.threads or max(1, cores // world.local_world_size)
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    if cfg.encoder.preset != "none":
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _start_trackers(run: Run) -> None:
+    if run.cfg.tracker.name == "wandb" and run.world.is_main:
+        from xmcdist.observability.wandb_tracker import WandbTracker
+
+        run.log.trackers.append(WandbTracker(run.cfg.tracker, Path(run.cfg.run_dir), asdict(run.cfg)))

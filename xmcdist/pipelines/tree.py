@@ -1,0 +1,79 @@
+"""Label trees: building them as stages, and showing them to a person."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from xmcdist.checkpoint.parts import write_csr
+from xmcdist.config.errors import UserError
+from xmcdist.config.schema import TreeConfig, TreeShowConfig
+from xmcdist.data.dataset import TextStore
+from xmcdist.pipelines.run import Run
+from xmcdist.sparse.features import Features
+from xmcdist.trees.build import build_label_tree
+from xmcdist.trees.label_tree import LabelTree
+from xmcdist.trees.show import describe_cluster, describe_label, describe_tree
+
+__all__ = ["show_tree", "tree_stage"]
+
+
+def tree_stage(run: Run, name: str, cfg: TreeConfig, features: Features, after: tuple[str, ...]) -> Path:
+    """Build a tree and lift the training labels to each of its levels.
+
+    Writes ``tree/`` and ``Y.level-<t>/`` (CSR ``[N, K_t]``, counts, tree order): what
+    matcher and rankers read by row, memory-mapped, instead of each holding its own copy.
+    """
+
+    def body(folder: Path) -> None:
+        Y = run.data.Y("trn")
+        tree = build_label_tree(features, Y, cfg, run.world, folder)
+        if run.world.is_main:
+            tree.save(folder / "tree")
+        own = run.own_rows(Y)
+        for t in range(1, tree.depth + 1):
+            write_csr(folder / f"Y.level-{t}", tree.lift(own, t), run.world)
+        run.log.say(f"{name}: levels {' > '.join(str(tree.level_size(t)) for t in range(1, tree.depth + 1))}")
+
+    group = "ranker_tree" if cfg is run.cfg.ranker_tree else "tree"
+    return run.stages.run(name, run.inputs(group, after=after), body)
+
+
+def show_tree(cfg: TreeShowConfig) -> str:
+    """The text of ``tree show``.
+
+    Raises:
+        UserError: no run or model given, the tree is not there yet, or no such label or cluster.
+    """
+    if cfg.action != "show":
+        raise UserError(f"tree {cfg.action}: there is only `tree show`")
+    if (cfg.run_dir is None) == (cfg.model is None):
+        raise UserError("give one of run_dir=RUN or model=RUN/model")
+    if cfg.model is not None:
+        tree_folder, texts_at = Path(cfg.model, "rankers", "tree"), Path(cfg.model)
+    else:
+        stages = Path(str(cfg.run_dir), "stages")
+        built = [p / "tree" for p in (stages / "ranker_tree", stages / "tree") if (p / "stage.json").exists()]
+        if not built:
+            raise UserError(f"{cfg.run_dir} has no finished tree stage")
+        tree_folder, texts_at = built[0], Path(str(cfg.run_dir), "prepared")
+    tree = LabelTree.load(tree_folder)
+    texts = TextStore.open(texts_at, "label_texts")
+    if cfg.cluster is not None:
+        return describe_cluster(tree, cfg.level if cfg.level is not None else 1, cfg.cluster, texts)
+    if cfg.label is not None:
+        return describe_label(tree, _label_id(cfg.label, texts), texts)
+    return describe_tree(tree, texts)
+
+
+def _label_id(label: str, texts: TextStore) -> int:
+    if label.isdigit():
+        return int(label)
+    near: list[str] = []
+    for index in range(len(texts)):
+        text = texts[index]
+        if text == label or text.split(" : ")[0] == label:
+            return index
+        if len(near) < 5 and label.lower() in text.lower():
+            near.append(text)
+    hint = f"; labels that contain it: {'; '.join(near)}" if near else ""
+    raise UserError(f"no label reads {label!r}{hint}")
