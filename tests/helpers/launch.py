@@ -1,0 +1,86 @@
+"""Start xmcdist as its users do: real ``accelerate launch``, real processes, real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(processes: int, *args: str, log: Path) -> subprocess.Popen[bytes]:
+    """Start ``xmcdist <args>`` on some gloo processes; output goes to a file."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_"))}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "xmcdist", *args]
+    if processes > 1:
+        env["ACCELERATE_USE_CPU"] = "true"
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+        command += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--main_process_port", str(_free_port()), "-m", "xmcdist", *args]
+    with open(log, "wb") as out:
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=ROOT)
+
+
+def finish(job: subprocess.Popen[bytes], log: Path, timeout_s: float = 240) -> None:
+    """Wait for a job; its output is the message when it failed or hung."""
+    try:
+        code = job.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        kill_all(job)
+        raise AssertionError(f"hung for {timeout_s} s:\n{log.read_text()[-6000:]}") from None
+    assert code == 0, log.read_text()[-6000:]
+
+
+def launch(processes: int, *args: str, log: Path) -> None:
+    """Start and finish."""
+    finish(start(processes, *args, log=log), log)
+
+
+def kill_when(job: subprocess.Popen[bytes], log: Path, ready: Callable[[], bool], timeout_s: float = 240) -> None:
+    """SIGKILL the launcher and every rank at the first moment ``ready`` holds."""
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        assert job.poll() is None, f"ended before it could be killed:\n{log.read_text()[-6000:]}"
+        assert time.monotonic() < deadline, f"not ready in time:\n{log.read_text()[-6000:]}"
+        time.sleep(0.002)
+    kill_all(job)
+
+
+def kill_all(job: subprocess.Popen[bytes]) -> None:
+    """SIGKILL a process and all that descend from it, the ranks first stopped from being noticed."""
+    family = _family(job.pid)
+    for pid in family:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    job.wait()
+
+
+def _family(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, queue = [], [pid]
+    while queue:
+        current = queue.pop()
+        found.append(current)
+        queue += children.get(current, [])
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
