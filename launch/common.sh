@@ -40,7 +40,7 @@ use_venv() {
   start=$SECONDS
   echo "installing xmcdist[$1] into $venv: some minutes, once"
   # -qq: errors only; on some machines pip warns about its index in dozens of lines.
-  "$venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$constraints" -e "$root[$1]" \
+  "$venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$constraints" -e "${root}[$1]" \
     || die "the installation failed; if the index cannot be reached, set PIP_INDEX_URL"
   recipe "$1" > "$venv/.xmcdist-$1"
   echo "installed in $((SECONDS - start)) s"
