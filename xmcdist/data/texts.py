@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -79,7 +80,7 @@ class TextStore:
         self._offsets = load_array(folder / f"{name}.offsets.npy", np.int64)
         size = self._path.stat().st_size if self._path.exists() else -1
         if not len(self._offsets) or size != int(self._offsets[-1]):
-            raise DataError(f"{self._path} does not fit its offsets ({size} bytes): delete {folder} to have it made again")
+            raise DataError(f"{self._path}: {size} bytes do not fit its offsets: delete {folder} to have it made again")
         # An empty file cannot be mapped.
         self._bytes = np.memmap(self._path, np.uint8, "r") if size else np.zeros(0, np.uint8)
 
@@ -99,7 +100,7 @@ class TextStore:
             for low in range(start, stop, _READ_DOCS):
                 ends = self._offsets[low : min(low + _READ_DOCS, stop) + 1].tolist()
                 f.seek(ends[0])
-                for begin, end in zip(ends, ends[1:], strict=False):
+                for begin, end in pairwise(ends):
                     yield f.read(end - begin).decode("utf-8")
 
     def __iter__(self) -> Iterator[str]:
