@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from xmcdist.data.errors import DataError
+from xmcdist.sparse.store import StoreError, open_array
 
 __all__ = ["ArrayWriter", "load_array"]
 
@@ -57,17 +57,13 @@ class ArrayWriter:
             self._file.close()
 
 
-def load_array(path: Path, dtype: DTypeLike) -> NDArray[Any]:
-    """Memory-map a 1-d ``.npy`` file (an empty one is loaded, as nothing cannot be mapped).
+def load_array(path: Path, dtype: str) -> NDArray[Any]:
+    """Memory-map a 1-d ``.npy`` file.
 
     Raises:
         DataError: missing, cut off, of another dtype or number of dimensions, or pickled.
     """
     try:
-        empty = os.path.getsize(path) <= 256 and np.load(path, allow_pickle=False).size == 0
-        array = np.load(path, allow_pickle=False, mmap_mode=None if empty else "r")
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is missing or damaged ({error}): delete its folder to have it made again") from None
-    if array.ndim != 1 or array.dtype != np.dtype(dtype):
-        raise DataError(f"{path} holds {array.dtype} {array.shape}, not 1-d {np.dtype(dtype)}: delete its folder")
-    return np.asarray(array) if empty else array
+        return open_array(path, dtype)
+    except StoreError as error:
+        raise DataError(f"{error}: delete {path.parent} to have it made again") from None

@@ -77,7 +77,7 @@ class TextStore:
     def __init__(self, folder: Path, name: str) -> None:
         self._place = (folder, name)
         self._path = folder / f"{name}.bin"
-        self._offsets = load_array(folder / f"{name}.offsets.npy", np.int64)
+        self._offsets = load_array(folder / f"{name}.offsets.npy", "int64")
         size = self._path.stat().st_size if self._path.exists() else -1
         if not len(self._offsets) or size != int(self._offsets[-1]):
             raise DataError(f"{self._path}: {size} bytes do not fit its offsets: delete {folder} to have it made again")

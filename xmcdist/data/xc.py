@@ -50,8 +50,10 @@ class _Rows:
 
     def _flush(self) -> None:
         arrays = (np.array(self._values, np.float32), np.array(self._ids, np.int64), np.array(self._ends, np.int64))
-        rows = as_csr(sp.csr_matrix(arrays, shape=(len(self._ends) - 1, self.columns)), "rows")
-        self.duplicates += len(self._ids) - rows.nnz
+        summed = sp.csr_matrix(arrays, shape=(len(self._ends) - 1, self.columns))
+        summed.sum_duplicates()
+        self.duplicates += len(self._ids) - summed.nnz
+        rows = as_csr(summed, "rows")  # and stored zeros go
         self.entries += rows.nnz
         self._writer.append(rows)
         self._clear()
