@@ -71,7 +71,7 @@ def npz_shape(path: Path) -> tuple[int, int]:
 
 def _load(path: Path) -> Any:
     with _damage_is_clear(path):
-        A = sp.load_npz(path)  # scipy passes allow_pickle=False
+        A: Any = sp.load_npz(path)  # scipy passes allow_pickle=False
         if A.format in ("csr", "csc", "bsr"):
             A.check_format(full_check=True)  # indices out of range would crash compiled code
         return A

@@ -103,8 +103,8 @@ def _beside(folder: Path) -> Iterator[Path]:
     """A new folder on the same disk, gone at the end; those of killed runs on this machine go too."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}.{socket.gethostname()}."
-    for old in folder.parent.glob(f"{prefix}*.tmp"):
-        if not _runs(old.name.removeprefix(prefix).removesuffix(".tmp")):
+    for old in [*folder.parent.glob(f"{prefix}*.tmp"), *folder.parent.glob(f"{prefix}*.old")]:
+        if not _runs(old.stem.removeprefix(prefix)):
             shutil.rmtree(old, ignore_errors=True)
     new = folder.parent / f"{prefix}{os.getpid()}.tmp"
     shutil.rmtree(new, ignore_errors=True)

@@ -125,7 +125,7 @@ def _single(path: Path, wanted: str, *, known_only: bool = False) -> list[Source
 
 def _text_files(path: Path) -> dict[str, tuple[Path, ...]]:
     names = [f"{kind}.{split}.{end}" for split in SPLITS for kind, end in (("X", "txt"), ("X", "npz"), ("Y", "npz"))]
-    files = {}
+    files: dict[str, tuple[Path, ...]] = {}
     for name in [*names, "output-items.txt"]:
         here = [p for p in (path / name, path / f"{name}.gz") if p.is_file() and (p.suffix != ".gz" or ".txt" in name)]
         _refuse_twice(here)
