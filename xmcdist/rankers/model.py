@@ -1,0 +1,108 @@
+"""A label tree with linear rankers on every level, and its folder on disk.
+
+``model.json`` names the settings; ``tree/`` holds the tree; ``level-1/`` .. ``level-T/`` hold
+the weights, one folder per part (see `xmcdist.rankers.weights`).  ``model.json`` is written
+last, so a folder without it is not a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from xmcdist.rankers.partition import cluster_ranges, estimate_costs, node_ranges
+from xmcdist.rankers.weights import LevelWeights
+from xmcdist.trees.label_tree import LabelTree
+
+__all__ = ["LevelWeights", "LinearTree", "cluster_ranges", "estimate_costs", "node_ranges"]
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LinearTree:
+    """What a beam search needs.
+
+    Attributes:
+        tree: T levels.
+        levels: of the first levels, usually all T, coarse to fine.
+        num_sparse: sparse features D.
+        num_dense: dense width d.
+        post_processor: of the inner levels, see `xmcdist.inference.postprocess`.
+        last_post_processor: of the last level; None: the same.
+        bias: value of the bias feature the rankers were solved with.
+    """
+
+    tree: LabelTree
+    levels: Sequence[LevelWeights]
+    num_sparse: int
+    num_dense: int
+    post_processor: str = "l3-hinge"
+    last_post_processor: str | None = None
+    bias: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        if len(self.levels) > self.tree.depth:
+            raise ValueError(f"{len(self.levels)} levels of weights for a tree of {self.tree.depth} levels")
+        for t, level in enumerate(self.levels, start=1):
+            if level.first_node != 0 or level.num_nodes != self.tree.level_size(t):
+                raise ValueError(f"level {t}: weights of {level.num_nodes} nodes, not {self.tree.level_size(t)}")
+            if (level.num_sparse, level.num_dense) != (self.num_sparse, self.num_dense):
+                raise ValueError(
+                    f"level {t}: weights for {level.num_sparse} sparse and {level.num_dense} dense features, "
+                    f"the model has {self.num_sparse} and {self.num_dense}"
+                )
+
+    def save(self, folder: Path | str) -> None:
+        """Write the model, from one process; ``model.json`` last."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model.json").unlink(missing_ok=True)
+        for t, level in enumerate(self.levels, start=1):
+            shutil.rmtree(folder / f"level-{t}", ignore_errors=True)
+            level.save(folder / f"level-{t}")
+        self.tree.save(folder / "tree")
+        settings = {
+            "version": _VERSION,
+            "levels": len(self.levels),
+            "num_sparse": self.num_sparse,
+            "num_dense": self.num_dense,
+            "post_processor": self.post_processor,
+            "last_post_processor": self.last_post_processor,
+            "bias": self.bias,
+        }
+        unfinished = folder / ".model.json.tmp"
+        unfinished.write_text(json.dumps(settings, indent=1))
+        os.replace(unfinished, folder / "model.json")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> LinearTree:
+        """Open a model; weights are memory-mapped, so this takes milliseconds whatever their size.
+
+        Raises:
+            ValueError: a file is missing or damaged, or files do not belong together.
+        """
+        folder = Path(folder)
+        head = folder / "model.json"
+        try:
+            settings = json.loads(head.read_text())
+            version, depth = settings.pop("version"), int(settings.pop("levels"))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{head}: not a linear tree model ({error!r}); train or copy it again") from error
+        if version != _VERSION:
+            raise ValueError(f"{head}: version {version}, this program reads {_VERSION}; train again")
+        tree = LabelTree.load(folder / "tree")
+        levels = tuple(LevelWeights.load(folder / f"level-{t}") for t in range(1, depth + 1))
+        try:
+            return cls(tree=tree, levels=levels, **settings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder}: files do not belong together ({error}); train or copy it again") from error
+
+    def truncate(self, level: int) -> LinearTree:
+        """The model whose last level is ``level``."""
+        return replace(self, tree=self.tree.truncate(level), levels=self.levels[:level])

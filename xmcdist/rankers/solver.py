@@ -1,0 +1,303 @@
+"""Linear one-vs-all rankers of one tree level by dual coordinate descent.
+
+For node l of the level, with parent p(l):
+
+    min_w  1/2 ||w||^2 + sum over i in A(l) of c_i max(0, 1 - y_i (w . x_i + b * bias))^2
+
+A(l) is every document with ``M[i, p(l)]`` stored, and every positive of l; y_i is +1 for
+positives, -1 otherwise; c_i is Cp (times the relevance) for positives, Cn otherwise.  The
+bias weight b is part of w.  A node without positives is solved like any other and
+learns to say no.
+
+Source: Hsieh et al., ICML 2008 (dual coordinate descent with shrinking); Fan et al.,
+LIBLINEAR, JMLR 2008; Yu et al., PECOS, arXiv:2010.05878 (the tree).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import numpy as np
+import scipy.sparse as sp
+from numba import get_num_threads
+from numpy.typing import NDArray
+
+from xmcdist.rankers import kernels
+from xmcdist.rankers.part import WeightPart
+from xmcdist.rankers.partition import estimate_costs
+from xmcdist.rankers.weights import LevelWeights
+from xmcdist.sparse.features import Features
+
+__all__ = ["SolverParams", "solve_level"]
+
+T = TypeVar("T")
+Weights = tuple[NDArray[Any], ...]  # what kernels.solve_nodes returns
+
+
+@dataclass(frozen=True, slots=True)
+class SolverParams:
+    """What one level's rankers are solved with."""
+
+    Cp: float = 1.0  # cost of positives
+    Cn: float = 1.0  # cost of negatives
+    eps: float = 0.1  # stop when the projected gradients lie within it
+    max_iter: int = 100  # most passes over a node's documents
+    bias: float = 1.0  # value of the bias feature; 0 turns it off
+    threshold: float = 0.1  # smaller sparse weights are dropped; dense ones never
+    max_nonzeros_per_label: int | None = None  # most sparse weights a node: those of largest size
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("Cp", "Cn", "eps", "max_iter"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be above 0")
+        for name in ("bias", "threshold"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must not be negative")
+        if self.max_nonzeros_per_label is not None and self.max_nonzeros_per_label < 1:
+            raise ValueError(f"max_nonzeros_per_label ({self.max_nonzeros_per_label}) must be at least 1")
+
+
+def solve_level(
+    features: Features,
+    Y_t: sp.csr_matrix,
+    M: sp.csr_matrix,
+    child_ptr: NDArray[np.int64],
+    params: SolverParams,
+    relevance: sp.csr_matrix | None = None,
+    clusters: tuple[int, int] | None = None,
+    *,
+    nodes: tuple[int, int] | None = None,
+    threads: int | None = None,
+) -> LevelWeights:
+    """Solve the nodes of one level, or a contiguous range of them.
+
+    A node's weights are the same bit for bit whatever the range and the number of threads.
+
+    Args:
+        features: of the N documents.
+        Y_t: ``[N, K_t]``; positives are entries above 0.
+        M: ``[N, K_{t-1}]``; the stored entries of a column, whatever their value, are the
+            documents its children train on.
+        child_ptr: ``[K_{t-1}+1]``; the children of cluster p are ``child_ptr[p]:child_ptr[p+1]``.
+        params: costs, tolerance, thresholds.
+        relevance: ``[N, K_t]``, above 0 for every positive; multiplies Cp.
+        clusters: half-open range of clusters whose children are solved; default all.
+        nodes: the same as a range of nodes, which may cut a cluster.
+        threads: default numba's.
+
+    Raises:
+        ValueError: shapes disagree, or a positive has no relevance.
+
+    Cost: per pass, children times stored values of their cluster's documents.  Memory: the
+    documents of one cluster for each thread, besides the result.
+    """
+    start, stop = _node_range(features, Y_t, M, child_ptr, clusters, nodes)
+    problem = _Problem(features, Y_t, M, child_ptr, params, relevance, (start, stop))
+    workers = max(threads or get_num_threads(), 1)
+    chunks: dict[int, tuple[NDArray[Any], ...]] = {}
+    with _executor(workers) as submit:
+        wide, narrow = problem.schedule(workers)
+        for p in wide:  # too large for one thread: its nodes are spread over all of them
+            chunks[p] = problem.solve_wide(p, submit, workers)
+        done = [(p, submit(problem.solve_cluster, p)) for p in narrow]
+        chunks.update((p, result()) for p, result in done)
+    return problem.assemble([chunks[p] for p in sorted(chunks)])
+
+
+class _Problem:
+    """One level's matrices by column, and how one cluster of it is solved."""
+
+    def __init__(
+        self,
+        features: Features,
+        Y_t: sp.csr_matrix,
+        M: sp.csr_matrix,
+        child_ptr: NDArray[np.int64],
+        params: SolverParams,
+        relevance: sp.csr_matrix | None,
+        nodes: tuple[int, int],
+    ) -> None:
+        self.params, self.nodes = params, nodes
+        self.first = int(np.searchsorted(child_ptr, nodes[0], side="right")) - 1 if nodes[0] < nodes[1] else 0
+        self.last = int(np.searchsorted(child_ptr, nodes[1], side="left")) if nodes[0] < nodes[1] else 0
+        # Where the children of each of our clusters start, cut to the nodes we solve; [C+1].
+        self.bounds = np.clip(child_ptr[self.first : self.last + 1], *nodes).astype(np.int64)
+        members = M[:, self.first : self.last]
+        self.costs = estimate_costs(features, members, self.bounds)
+        self.members = members.tocsc()
+        self.positives, self.relevance = _positives(Y_t, relevance, nodes)
+        self.dense = features.dense
+        self.num_docs = features.num_rows
+        self.num_sparse = features.num_sparse
+        X = sp.csr_matrix((self.num_docs, 0), dtype=np.float32) if features.sparse is None else features.sparse
+        self.indptr = X.indptr.astype(np.uint64)
+        self.indices = _frozen(
+            X.indices.view(np.uint32) if X.indices.dtype == np.int32 else X.indices.astype(np.uint32)
+        )
+        self.data = _frozen(X.data.astype(np.float32, copy=False))
+
+    def schedule(self, workers: int) -> tuple[list[int], list[int]]:
+        """Clusters to spread over all threads, and clusters for one thread each, costliest first."""
+        order = [int(c) for c in np.argsort(-self.costs, kind="stable")]
+        large = self.costs.sum() / (4 * workers)
+        is_wide = (self.costs > large) & (np.diff(self.bounds) > 1) & (workers > 1)
+        return [c for c in order if is_wide[c]], [c for c in order if not is_wide[c]]
+
+    def _gather(self, c: int) -> tuple[tuple[NDArray[Any], ...], NDArray[np.int64], NDArray[np.int64]]:
+        """Documents of a cluster as solve_nodes wants them; their ids; the global ids of their features."""
+        own = _column(self.members, c)
+        start, stop = self.bounds[c : c + 2] - self.nodes[0]
+        positives = self.positives.indices[self.positives.indptr[start] : self.positives.indptr[stop]]
+        docs = np.union1d(own, positives).astype(np.int64)
+        where = np.zeros(self.num_sparse, np.uint32)
+        indptr, cols, vals, columns = kernels.compact_rows(self.indptr, self.indices, self.data, docs, where)
+        if self.dense is None:
+            dense = np.zeros((docs.size, 0), np.float32)
+        else:
+            dense = np.ascontiguousarray(self.dense[docs], dtype=np.float32)
+        norms = kernels.squared_norms(indptr, vals, dense, float(self.params.bias))
+        by_feature = np.argsort(columns, kind="stable").astype(np.int64)
+        shared = kernels.local_positives(docs, own.astype(np.int64))
+        return (indptr, cols, vals, dense, norms, by_feature, shared), docs, columns[by_feature]
+
+    def _solve(self, local: tuple[NDArray[Any], ...], docs: NDArray[np.int64], start: int, stop: int) -> Weights:
+        """Solve the nodes ``[start, stop)`` of one cluster."""
+        params, Y = self.params, self.positives
+        a, b = start - self.nodes[0], stop - self.nodes[0]
+        span = slice(Y.indptr[a], Y.indptr[b])
+        solved: Weights = kernels.solve_nodes(
+            *local,
+            (Y.indptr[a : b + 1] - Y.indptr[a]).astype(np.int64),
+            kernels.local_positives(docs, Y.indices[span].astype(np.int64)),
+            params.Cp * self.relevance[span].astype(np.float64),
+            int(start),
+            np.uint64(params.seed),
+            float(params.Cn),
+            float(params.eps),
+            int(params.max_iter),
+            float(params.bias),
+            float(params.threshold),
+            int(params.max_nonzeros_per_label or self.num_sparse),
+        )
+        return solved
+
+    def solve_cluster(self, c: int) -> tuple[NDArray[Any], ...]:
+        """One cluster on the calling thread: its chunk of the level's weights."""
+        local, docs, columns = self._gather(c)
+        start, stop = self.bounds[c : c + 2]
+        return _chunk([self._solve(local, docs, start, stop)], columns)
+
+    def solve_wide(self, c: int, submit: Callable[..., Callable[[], Any]], workers: int) -> tuple[NDArray[Any], ...]:
+        """One cluster with its nodes spread over all threads."""
+        local, docs, columns = self._gather(c)
+        start, stop = self.bounds[c : c + 2]
+        cuts = np.unique(np.linspace(start, stop, 4 * workers + 1).astype(np.int64))
+        results = [submit(self._solve, local, docs, a, b) for a, b in pairwise(cuts)]
+        return _chunk([result() for result in results], columns)
+
+    def assemble(self, chunks: Sequence[tuple[NDArray[Any], ...]]) -> LevelWeights:
+        """All chunks, in cluster order, as one level."""
+        start, _ = self.nodes
+        width = 0 if self.dense is None else self.dense.shape[1]
+        empty = (np.zeros(0, np.uint32), np.zeros(0, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.float32))
+        chunks = [(*empty, np.zeros((0, width), np.float32), np.zeros(0, np.float32)), *chunks]
+        feature, per_feature, child, value, dense, bias = (np.concatenate(x) for x in zip(*chunks, strict=True))
+        part = WeightPart(
+            first_cluster=self.first,
+            first_node=start,
+            num_sparse=self.num_sparse,
+            chunk_ptr=np.cumsum([c[0].size for c in chunks], dtype=np.int64),
+            feature=feature,
+            entry_ptr=np.concatenate([[0], np.cumsum(per_feature)]).astype(np.int64),
+            child=child,
+            value=value,
+            dense=dense,
+            bias=bias,
+        )
+        return LevelWeights((part,))
+
+
+def _chunk(solved: Sequence[Weights], columns: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
+    """Solved nodes of one cluster, in order: (feature, weights per feature, child, value, dense, bias)."""
+    counts, ranks, values, dense, bias = (np.concatenate(x) for x in zip(*solved, strict=True))
+    present, per_feature, child, value = kernels.feature_major(counts, ranks, values, columns.size)
+    return columns[present].astype(np.uint32), per_feature, child, value, dense, bias
+
+
+def _node_range(
+    features: Features,
+    Y_t: sp.csr_matrix,
+    M: sp.csr_matrix,
+    child_ptr: NDArray[np.int64],
+    clusters: tuple[int, int] | None,
+    nodes: tuple[int, int] | None,
+) -> tuple[int, int]:
+    """The nodes to solve, after checking that everything fits together."""
+    n, parents, children = features.num_rows, child_ptr.size - 1, int(child_ptr[-1])
+    if Y_t.shape != (n, children):
+        raise ValueError(f"Y_t is {Y_t.shape}, must be ({n}, {children}): documents x children")
+    if M.shape != (n, parents):
+        raise ValueError(f"M is {M.shape}, must be ({n}, {parents}): documents x clusters")
+    if clusters is not None and nodes is not None:
+        raise ValueError(f"give clusters ({clusters}) or nodes ({nodes}), not both")
+    lo, hi = (0, parents) if clusters is None else clusters
+    if not 0 <= lo <= hi <= parents:
+        raise ValueError(f"clusters ({lo}, {hi}) must be a range within (0, {parents})")
+    start, stop = (int(child_ptr[lo]), int(child_ptr[hi])) if nodes is None else nodes
+    if not 0 <= start <= stop <= children:
+        raise ValueError(f"nodes ({start}, {stop}) must be a range within (0, {children})")
+    return start, stop
+
+
+def _positives(
+    Y_t: sp.csr_matrix, relevance: sp.csr_matrix | None, nodes: tuple[int, int]
+) -> tuple[sp.csc_matrix, NDArray[np.float32]]:
+    """Positives of the nodes by column, and the relevance of each, 1 when none is given."""
+    Y = Y_t[:, nodes[0] : nodes[1]].tocsc()
+    if Y.nnz and Y.data.min() <= 0:
+        Y.data = np.where(Y.data > 0, Y.data, 0)
+        Y.eliminate_zeros()
+    Y.sort_indices()
+    if relevance is None:
+        return Y, np.ones(Y.nnz, np.float32)
+    if relevance.shape != Y_t.shape:
+        raise ValueError(f"relevance is {relevance.shape}, must be {Y_t.shape} like Y_t")
+    mask = sp.csc_matrix((np.ones(Y.nnz, np.float32), Y.indices, Y.indptr), shape=Y.shape)
+    R = mask.multiply(relevance[:, nodes[0] : nodes[1]].tocsc()).tocsc()
+    R.sort_indices()
+    if R.nnz != Y.nnz or (R.nnz and R.data.min() <= 0):
+        raise ValueError("relevance: every positive of Y_t needs a value above 0; lift Y and relevance the same way")
+    return Y, R.data
+
+
+def _column(A: sp.csc_matrix, j: int) -> NDArray[Any]:
+    """Sorted row ids stored in one column."""
+    return np.sort(A.indices[A.indptr[j] : A.indptr[j + 1]])
+
+
+def _frozen(a: NDArray[Any]) -> NDArray[Any]:
+    """A read-only view: arrays from memory and from files then compile to one kernel."""
+    out = np.ascontiguousarray(a).view(np.ndarray)
+    out.flags.writeable = False
+    return out
+
+
+def _same(answer: T) -> T:
+    return answer
+
+
+@contextmanager
+def _executor(workers: int) -> Iterator[Callable[..., Callable[[], Any]]]:
+    """A function that starts a call and returns what to call for its result."""
+    if workers == 1:
+        yield lambda fn, *args: partial(_same, fn(*args))
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        yield lambda fn, *args: pool.submit(fn, *args).result
