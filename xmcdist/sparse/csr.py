@@ -125,7 +125,8 @@ def _row_blocks(A: sp.csr_matrix) -> list[tuple[int, int]]:
 
 def _like(A: sp.csr_matrix, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray) -> sp.csr_matrix:
     """A matrix over the given arrays; set one by one because scipy's constructor copies small views."""
-    out = sp.csr_matrix((len(indptr) - 1, A.shape[1]), dtype=np.float32)
+    shape: Any = (len(indptr) - 1, A.shape[1])  # scipy's stubs know no matrix from its shape
+    out = sp.csr_matrix(shape, dtype=np.float32)
     out.data, out.indices = data, indices
     out.indptr = indptr.astype(indices.dtype, copy=False)  # scipy's routines want one index type
     if A.has_sorted_indices:

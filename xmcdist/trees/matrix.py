@@ -1,0 +1,67 @@
+"""Features as compiled loops take them, and CSR put together from blocks of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from xmcdist.sparse.features import Features
+
+__all__ = ["U32", "Matrix", "join_csr"]
+
+I64 = NDArray[np.int64]
+U32 = NDArray[np.uint32]
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Matrix:
+    """The arrays of `Features`, one type and one writability for all, so a loop is compiled once.
+
+    Columns are unsigned, which spares the loops a branch for negative indices; a part that
+    is missing is empty.
+    """
+
+    indptr: I64
+    indices: U32
+    data: F32
+    dense: F32
+    num_sparse: int
+
+    @classmethod
+    def of(cls, features: Features) -> Matrix:
+        """Views of the arrays where they are of the right type already."""
+        n = features.num_rows
+        A = features.sparse if features.sparse is not None else sp.csr_matrix(np.zeros((n, 0), dtype=np.float32))
+        dense = features.dense if features.dense is not None else np.zeros((n, 0), dtype=np.float32)
+        columns = A.indices.view(np.uint32) if A.indices.dtype == np.int32 else A.indices.astype(np.uint32)
+        return cls(
+            _frozen(A.indptr.astype(np.int64)), _frozen(columns), _frozen(A.data), _frozen(dense), int(A.shape[1])
+        )
+
+
+def join_csr(parts: list[tuple[I64, U32, F32]], num_cols: int) -> sp.csr_matrix:
+    """One matrix from blocks of rows: lengths of rows, columns, values; parts are emptied on the way."""
+    lengths = np.concatenate([part[0] for part in parts]) if parts else np.zeros(0, dtype=np.int64)
+    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    indices = np.empty(int(indptr[-1]), dtype=np.int32)
+    data = np.empty(int(indptr[-1]), dtype=np.float32)
+    at = 0
+    while parts:
+        _, columns, values = parts.pop(0)
+        indices[at : at + len(columns)] = columns
+        data[at : at + len(values)] = values
+        at += len(columns)
+    out = sp.csr_matrix((data, indices, indptr), shape=(len(lengths), num_cols), copy=False)
+    out.has_sorted_indices = True
+    return out
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    view = np.ascontiguousarray(array).view(np.ndarray)
+    view = view[...]
+    view.flags.writeable = False
+    return view
