@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from xmcdist.cli.app import run
 from xmcdist.config.schema import RunConfig
 
@@ -20,7 +18,7 @@ def _prepare(cfg: RunConfig) -> None:
     world = setup(use_gpu=False)
     data = prepare_data(cfg, world, print)
     if world.is_main:
-        print(f"prepared in {Path(prepared_folder(cfg))}")
-        for name, value in sorted(data.manifest["counts"].items()):
-            print(f"  {name}: {value}")
+        print(f"prepared in {prepared_folder(cfg)}: {data.num_labels} labels")
+        for split, counts in data.manifest["splits"].items():
+            print(f"  {split}: " + ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in counts.items()))
     shutdown()

@@ -73,7 +73,7 @@ class Predictor:
             embedder = TextEmbedder.load(folder / "encoder")
         return cls(
             LinearTree.load(folder / "rankers"),
-            TextStore.open(folder, "label_texts"),
+            TextStore(folder, "label_texts"),
             np.load(folder / "label_frequency.npy", mmap_mode="r", allow_pickle=False),
             meta,
             Tfidf.load(folder / "tfidf") if meta["tfidf"] else None,
@@ -114,12 +114,21 @@ class Predictor:
         """
         scores, labels = top_k_arrays(self.scores(texts, features=features, k=k, beam=beam), k)
         return [
-            [Prediction(self.label_texts[int(i)], float(s), int(i)) for s, i in zip(row_s, row_i, strict=True) if i >= 0]
+            [
+                Prediction(self.label_texts[int(i)], float(s), int(i))
+                for s, i in zip(row_s, row_i, strict=True)
+                if i >= 0
+            ]
             for row_s, row_i in zip(scores, labels, strict=True)
         ]
 
     def scores(
-        self, texts: Sequence[str] | None, *, features: sp.csr_matrix | None = None, k: int = 10, beam: int | None = None
+        self,
+        texts: Sequence[str] | None,
+        *,
+        features: sp.csr_matrix | None = None,
+        k: int = 10,
+        beam: int | None = None,
     ) -> sp.csr_matrix:
         """Scores of the best ``k`` labels as CSR ``[n, L]``; see `predict`."""
         return beam_search(
@@ -141,7 +150,9 @@ class Predictor:
             sparse = self.tfidf.transform(texts or [])
         elif self.wants_features:
             if given is None:
-                raise UserError(f"this model was trained on given features: pass features=[n, {self.rankers.num_sparse}]")
+                raise UserError(
+                    f"this model was trained on given features: pass features=[n, {self.rankers.num_sparse}]"
+                )
             sparse = unit_rows(as_csr(given, "features"))
             if sparse.shape[1] != self.rankers.num_sparse:
                 raise UserError(f"features have {sparse.shape[1]} columns; the model has {self.rankers.num_sparse}")

@@ -38,6 +38,6 @@ def prepare_data(cfg: RunConfig, world: World, say: Callable[[str], None]) -> Pr
             f"start at most {data.num_labels}"
         )
     if world.is_main:
-        for warning in data.manifest["warnings"]:
+        for warning in data.warnings:
             say(f"note: {warning}")
     return data

@@ -57,7 +57,7 @@ def show_tree(cfg: TreeShowConfig) -> str:
             raise UserError(f"{cfg.run_dir} has no finished tree stage")
         tree_folder, texts_at = built[0], Path(str(cfg.run_dir), "prepared")
     tree = LabelTree.load(tree_folder)
-    texts = TextStore.open(texts_at, "label_texts")
+    texts = TextStore(texts_at, "label_texts")
     if cfg.cluster is not None:
         return describe_cluster(tree, cfg.level if cfg.level is not None else 1, cfg.cluster, texts)
     if cfg.label is not None:
