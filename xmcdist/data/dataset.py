@@ -20,7 +20,7 @@ from xmcdist.data.source import FORMAT_VERSION, SPLITS
 from xmcdist.data.texts import TextStore
 from xmcdist.sparse.store import StoreError, open_csr
 
-__all__ = ["PreparedDataset"]
+__all__ = ["PreparedDataset", "TextStore"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,13 +88,15 @@ class _damage_is_clear:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, DataError):
-            if "pickle" in str(error):
+            if "Object arrays" in str(error):
                 raise DataError(
                     f"{self.path}: holds pickled Python objects, which are never loaded because that would run "
                     "their code: save it with scipy.sparse.save_npz"
                 ) from None
+            # numpy takes whatever is no archive for a pickle.
+            what = "no archive" if "pickle" in str(error) else f"{type(error).__name__}: {error}"
             raise DataError(
-                f"{self.path}: not a whole scipy sparse .npz file ({type(error).__name__}: {error}): "
+                f"{self.path}: not a whole scipy sparse .npz file ({what}): "
                 "copy it again, or save it with scipy.sparse.save_npz"
             ) from error
 

@@ -84,6 +84,11 @@ class TextStore:
         # An empty file cannot be mapped.
         self._bytes = np.memmap(self._path, np.uint8, "r") if size else np.zeros(0, np.uint8)
 
+    @classmethod
+    def open(cls, folder: Path | str, name: str) -> TextStore:
+        """The texts ``name.bin`` and ``name.offsets.npy`` of a folder."""
+        return cls(Path(folder), name)
+
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
