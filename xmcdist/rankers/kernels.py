@@ -111,13 +111,11 @@ def _shuffle(order: U32, count: int, state: np.uint64) -> np.uint64:
 
 
 @njit(cache=True, nogil=True, fastmath=_SUMS)
-def _margin(indptr: U64, cols: U32, vals: F32, dense: F32, w: F64, wd: F64, i: np.uint32) -> float:
-    """``w.x_i`` without the bias."""
+def _dot(wd: F64, x: F32) -> float:
+    """Inner product of two dense vectors."""
     total = 0.0
-    for k in range(indptr[i], indptr[i + np.uint32(1)]):
-        total += w[cols[k]] * vals[k]
-    for j in range(dense.shape[1]):
-        total += wd[j] * dense[i, j]
+    for j in range(x.size):
+        total += wd[j] * x[j]
     return total
 
 
@@ -140,7 +138,7 @@ def _descend(
     alpha: F64,
 ) -> float:
     """Dual coordinate descent over the documents in ``order``; fills w and wd, gives the bias weight."""
-    wb = 0.0
+    wb, width = 0.0, dense.shape[1]
     active, shrink_above = order.size, np.inf
     for _ in range(max_iter):
         highest, lowest = -np.inf, np.inf
@@ -149,7 +147,13 @@ def _descend(
         while s < active:
             i = order[np.uint64(s)]
             a = alpha[i]
-            grad = y[i] * (_margin(indptr, cols, vals, dense, w, wd, i) + wb * bias) - 1.0 + a * diag[i]
+            begin, end = indptr[i], indptr[i + np.uint32(1)]
+            margin = wb * bias
+            for k in range(begin, end):
+                margin += w[cols[k]] * vals[k]
+            if width:
+                margin += _dot(wd, dense[i])
+            grad = y[i] * margin - 1.0 + a * diag[i]
             if a == 0.0 and grad > shrink_above:
                 active -= 1
                 order[np.uint64(s)] = order[np.uint64(active)]
@@ -160,7 +164,7 @@ def _descend(
             if abs(projected) > 1e-12:
                 alpha[i] = max(a - grad / (norms[i] + diag[i]), 0.0)
                 step = (alpha[i] - a) * y[i]
-                for k in range(indptr[i], indptr[i + np.uint32(1)]):
+                for k in range(begin, end):
                     w[cols[k]] += step * vals[k]
                 for j in range(dense.shape[1]):
                     wd[j] += step * dense[i, j]

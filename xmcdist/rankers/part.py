@@ -164,7 +164,7 @@ class WeightPart:
         unfinished.mkdir(parents=True)
         for name in _ARRAYS:
             np.save(unfinished / f"{name}.npy", np.asarray(getattr(self, name)), allow_pickle=False)
-        scalars = {k: getattr(self, k) for k in ("first_cluster", "first_node", "num_sparse")}
+        scalars = {k: int(getattr(self, k)) for k in ("first_cluster", "first_node", "num_sparse")}
         (unfinished / "part.json").write_text(json.dumps(scalars))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)

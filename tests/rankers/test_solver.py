@@ -1,0 +1,185 @@
+"""The dual solver against scikit-learn's liblinear, and what must not change its answer."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from tests.rankers.tiny import Problem, csr, objective, problem, reference
+from xmcdist.rankers.solver import SolverParams, solve_level
+from xmcdist.rankers.weights import LevelWeights
+from xmcdist.sparse.features import Features
+
+TIGHT = {"eps": 1e-9, "max_iter": 100_000, "threshold": 0.0}
+
+
+def rows(w: LevelWeights, child_ptr: np.ndarray) -> np.ndarray:
+    """Every node's weights and bias term, dense: ``[n, D + d + 1]``."""
+    dense, bias = w.dense_rows()
+    return np.hstack([w.sparse_rows(child_ptr).toarray(), dense, bias[:, None]])
+
+
+def same(a: LevelWeights, b: LevelWeights, child_ptr: np.ndarray) -> bool:
+    return rows(a, child_ptr).tobytes() == rows(b, child_ptr).tobytes()
+
+
+@pytest.mark.parametrize(("Cp", "Cn", "bias"), [(1.0, 1.0, 1.0), (4.0, 0.5, 1.5), (100.0, 100.0, 0.7)])
+def test_weights_are_those_of_liblinear(Cp: float, Cn: float, bias: float) -> None:
+    p = problem()
+    got = rows(solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(Cp=Cp, Cn=Cn, bias=bias, **TIGHT)), p.child_ptr)
+    for node in range(12):
+        if node != 1:
+            np.testing.assert_allclose(got[node], reference(p, node, Cp, Cn, bias), atol=2e-5, err_msg=f"node {node}")
+
+
+def test_relevance_weighs_positives() -> None:
+    p = problem()
+    R = p.Y.toarray() / np.maximum(p.Y.toarray().sum(1, keepdims=True), 1)
+    got = rows(solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(Cp=3, **TIGHT), csr(R)), p.child_ptr)
+    np.testing.assert_allclose(got[4], reference(p, 4, 3, 1, 1, R), atol=2e-5)
+    plain = rows(solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(Cp=3, **TIGHT)), p.child_ptr)
+    assert np.abs(got[4] - plain[4]).max() > 1e-3
+
+
+def test_default_tolerance_is_near_the_optimum() -> None:
+    p = problem()
+    loose = rows(solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(threshold=0)), p.child_ptr)
+    for node in range(12):
+        best = rows(solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(**TIGHT)), p.child_ptr)[node]
+        a, b = (objective(p, node, w[:-1], w[-1], 1, 1, 1) for w in (loose[node], best))
+        assert b - 1e-6 <= a <= b * 1.01
+
+
+def test_optimum_cannot_be_improved() -> None:
+    p, rng = problem(), np.random.default_rng(3)
+    got = rows(solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(Cp=2, **TIGHT)), p.child_ptr)
+    for node in (0, 1, 7):  # 1 has no positives
+        best = objective(p, node, got[node, :-1], got[node, -1], 2, 1, 1)
+        for _ in range(20):
+            other = got[node] + rng.normal(size=got.shape[1]) * 1e-2
+            assert objective(p, node, other[:-1], other[-1], 2, 1, 1) > best
+
+
+def test_sparse_dense_and_both_are_the_same_features() -> None:
+    p = problem()
+    both = rows(solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(**TIGHT)), p.child_ptr)
+    for features in (Features(csr(p.stacked), None), Features(None, p.stacked.astype(np.float32))):
+        one = rows(solve_level(features, p.Y, p.M, p.child_ptr, SolverParams(**TIGHT)), p.child_ptr)
+        np.testing.assert_allclose(one, both, atol=2e-5)
+
+
+def test_a_positive_outside_the_matched_documents_still_counts() -> None:
+    X = csr(np.eye(4))
+    Y, M = csr([[1], [1], [0], [0]]), csr([[1], [0], [1], [0]])
+    w = rows(solve_level(Features(X, None), Y, M, np.array([0, 1]), SolverParams(**TIGHT)), np.array([0, 1]))[0]
+    assert w[0] > 0.1
+    assert w[1] == pytest.approx(w[0], abs=1e-6)
+    assert w[2] < -0.1
+    assert w[3] == 0  # neither matched nor positive
+
+
+def test_stored_zeros_in_the_matching_count_as_matched() -> None:
+    p = problem()
+    zeros = p.M.copy()
+    zeros.data[:] = 0
+    a, b = (solve_level(p.both, p.Y, m, p.child_ptr, SolverParams()) for m in (p.M, zeros))
+    assert same(a, b, p.child_ptr)
+
+
+def test_node_without_positives_says_no() -> None:
+    p = problem()
+    w = rows(solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(**TIGHT)), p.child_ptr)[1]
+    assert w[-1] < -0.5
+    assert ((p.stacked @ w[:-1] + w[-1]) < 0).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("cuts", [[0, 4], [0, 2, 4], [0, 1, 3, 4], [0, 0, 4, 4]])
+def test_ranges_and_threads_change_nothing(cuts: list[int], threads: int) -> None:
+    p = problem()
+    whole = solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(seed=7), threads=1)
+    parts = [
+        solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(seed=7), clusters=(a, b), threads=threads)
+        for a, b in pairwise(cuts)
+    ]
+    assert same(LevelWeights.concat(parts), whole, p.child_ptr)
+
+
+def test_a_cluster_may_be_cut() -> None:
+    p = problem()
+    whole = solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams())
+    parts = [
+        solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(), nodes=r) for r in ((0, 2), (2, 5), (5, 5), (5, 12))
+    ]
+    assert same(LevelWeights.concat(parts), whole, p.child_ptr)
+
+
+def test_seed_is_used() -> None:
+    p = problem()
+    a, b = (solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(seed=s, max_iter=2)) for s in (0, 1))
+    assert not same(a, b, p.child_ptr)
+
+
+def test_threshold_and_limit_drop_small_sparse_weights_only() -> None:
+    p = problem()
+    full = solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(threshold=0))
+    W = full.sparse_rows(p.child_ptr).toarray()
+    cut = solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(threshold=0.2))
+    np.testing.assert_array_equal(cut.sparse_rows(p.child_ptr).toarray(), np.where(np.abs(W) < 0.2, 0, W))
+    few = solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(threshold=0, max_nonzeros_per_label=5))
+    for node, w in enumerate(few.sparse_rows(p.child_ptr).toarray()):
+        kept = np.sort(np.argsort(-np.abs(W[node]), kind="stable")[:5])
+        want = np.zeros_like(w)
+        want[kept] = W[node][kept]
+        np.testing.assert_array_equal(w, want)
+    for other in (cut, few):
+        for a, b in zip(other.dense_rows(), full.dense_rows(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_one_document_with_very_many_labels() -> None:
+    rng = np.random.default_rng(0)
+    Y = sp.lil_matrix((30, 500), dtype=np.float32)
+    Y[3, :400] = 1
+    for i in range(30):
+        Y[i, rng.integers(500)] = 1
+    p = Problem(
+        csr(rng.random((30, 8))),
+        np.zeros((30, 0), np.float32),
+        Y.tocsr(),
+        csr(np.ones((30, 2))),
+        np.array([0, 250, 500]),
+    )
+    got = rows(solve_level(Features(p.X, None), p.Y, p.M, p.child_ptr, SolverParams(**TIGHT)), p.child_ptr)
+    for node in (0, 251, 399):
+        np.testing.assert_allclose(got[node], reference(p, node, 1, 1, 1), atol=2e-5)
+
+
+def test_read_only_and_64_bit_matrices_are_taken() -> None:
+    p = problem()
+    want = solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams())
+    X = p.X.copy()
+    X.indices, X.indptr = X.indices.astype(np.int64), X.indptr.astype(np.int64)
+    E = p.E.copy()
+    E.flags.writeable = X.data.flags.writeable = False
+    assert same(solve_level(Features(X, E), p.Y, p.M, p.child_ptr, SolverParams()), want, p.child_ptr)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    p = problem()
+    with pytest.raises(ValueError, match=r"Y_t is .* must be"):
+        solve_level(p.both, p.Y[:, :5], p.M, p.child_ptr, SolverParams())
+    with pytest.raises(ValueError, match=r"M is .* must be"):
+        solve_level(p.both, p.Y, p.M[:10], p.child_ptr, SolverParams())
+    with pytest.raises(ValueError, match="clusters"):
+        solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(), clusters=(0, 5))
+    with pytest.raises(ValueError, match="nodes"):
+        solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(), nodes=(3, 13))
+    with pytest.raises(ValueError, match="relevance"):
+        solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(), csr(np.zeros(p.Y.shape)))
+    for name, value in (("Cp", 0), ("eps", 0), ("max_iter", 0), ("bias", -1), ("max_nonzeros_per_label", 0)):
+        with pytest.raises(ValueError, match=name):
+            SolverParams(**{name: value})
