@@ -50,23 +50,6 @@ class _Step:
     keep: int
     ids: I64  # labels of the nodes, or empty
 
-    def arrays(self) -> list[tuple[Any, ...]]:
-        """The parts as `score_pairs` takes them."""
-        return [
-            (
-                p.first_cluster,
-                p.first_node,
-                _frozen(p.chunk_ptr.view(np.uint64)),
-                _frozen(p.feature),
-                _frozen(p.entry_ptr.view(np.uint64)),
-                _frozen(p.child),
-                _frozen(p.value),
-                _frozen(p.dense),
-                _frozen(p.bias),
-            )
-            for p in self.weights.parts
-        ]
-
     def widest(self, beam: int) -> int:
         """Most scores one document can need here when it comes with ``beam`` clusters."""
         return int(np.sort(np.diff(self.child_ptr))[::-1][:beam].sum())
@@ -77,7 +60,9 @@ class _Block:
 
     def __init__(self, features: Features) -> None:
         n = features.num_rows
-        X = sp.csr_matrix((n, 0), dtype=np.float32) if features.sparse is None else features.sparse
+        X = features.sparse
+        if X is None:
+            X = sp.csr_matrix(np.zeros((n, 0), np.float32))
         self.ptr = X.indptr.astype(np.uint64)
         self.idx = _frozen(X.indices.view(np.uint32) if X.indices.dtype == np.int32 else X.indices.astype(np.uint32))
         self.val = _frozen(X.data.astype(np.float32, copy=False))
@@ -85,17 +70,37 @@ class _Block:
         self.dense = _frozen(np.asarray(dense, np.float32))
         self.where = np.zeros(X.shape[1], np.uint32)
 
-    def step(self, level: _Step, parts: list[tuple[Any, ...]], rows: Rows) -> Rows:
+    def step(self, level: _Step, rows: Rows) -> Rows:
         """From the kept nodes of one level to those of the next."""
         ptr, ids, scores = rows
         sizes = level.child_ptr[ids + 1] - level.child_ptr[ids]
         outs = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         docs = np.repeat(np.arange(ptr.size - 1), np.diff(ptr))
         by_cluster = np.argsort(ids, kind="stable")
-        pairs = (docs[by_cluster], ids[by_cluster], outs[by_cluster], level.child_ptr)
+        docs, clusters, places = docs[by_cluster], ids[by_cluster], outs[by_cluster]
         raw = np.empty(outs[-1], np.float32)
-        for part in parts:
-            kernels.score_pairs(self.ptr, self.idx, self.val, self.dense, *pairs, *part, self.where, raw)
+        for p in level.weights.parts:
+            kernels.score_pairs(
+                self.ptr,
+                self.idx,
+                self.val,
+                self.dense,
+                docs,
+                clusters,
+                places,
+                level.child_ptr,
+                p.first_cluster,
+                p.first_node,
+                _frozen(p.chunk_ptr.view(np.uint64)),
+                _frozen(p.feature),
+                _frozen(p.entry_ptr.view(np.uint64)),
+                _frozen(p.child),
+                _frozen(p.value),
+                _frozen(p.dense),
+                _frozen(p.bias),
+                self.where,
+                raw,
+            )
         post = level.post
         best: Rows = kernels.keep_best(
             ptr, ids, scores, outs, level.child_ptr, raw, level.ids, level.keep, _KINDS[post.kind], post.power, post.log
@@ -227,7 +232,6 @@ def _search(
                 f"the rankers were trained on {level.num_sparse} and {level.num_dense}"
             )
     n = features.num_rows
-    arrays = [step.arrays() for step in steps]
     width = [int(np.diff(start.indptr).max(initial=1)), *(step.keep for step in steps[:-1])]
     most = max(step.widest(w) for step, w in zip(steps, width, strict=True))
     docs = max(min(_BLOCK_SCORES // max(most, 1), _BLOCK_DOCS), 1)
@@ -241,8 +245,8 @@ def _search(
             start.indices[span].astype(np.int64),
             start.data[span].astype(np.float32),
         )
-        for step, parts in zip(steps, arrays, strict=True):
-            rows = block.step(step, parts, rows)
+        for step in steps:
+            rows = block.step(step, rows)
         return rows
 
     done = _each(run, range(0, n, docs), threads)

@@ -18,6 +18,45 @@ F32 = NDArray[np.float32]
 NOOP, SIGMOID, HINGE = 0, 1, 2
 
 
+@njit(cache=True, nogil=True)
+def _add_words(
+    words: U32,
+    weights: F32,
+    lo: np.uint64,
+    hi: np.uint64,
+    feature: U32,
+    entry_ptr: U64,
+    child: U32,
+    value: F32,
+    mapped: bool,
+    where: U32,
+    out: F32,
+) -> None:
+    """Add one document's words to its outputs for one cluster, whose features are ``feature[lo:hi]``."""
+    one = np.uint64(1)
+    at = lo
+    for e in range(words.size):
+        f = words[e]
+        if mapped:
+            if where[f] == 0:
+                continue
+            at = lo + np.uint64(where[f]) - one
+        else:
+            end = hi
+            while at < end:
+                middle = (at + end) >> one
+                if feature[middle] < f:
+                    at = middle + one
+                else:
+                    end = middle
+            if at >= hi:
+                break
+            if feature[at] != f:
+                continue
+        for w in range(entry_ptr[at], entry_ptr[at + one]):
+            out[child[w]] += weights[e] * value[w]
+
+
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def score_pairs(
     x_ptr: U64,
@@ -51,12 +90,12 @@ def score_pairs(
     while k < clusters.size and clusters[k] < first_cluster + chunk_ptr.size - 1:
         p = clusters[k]
         stop = k
-        words = np.uint64(0)
+        count_words = np.uint64(0)
         while stop < clusters.size and clusters[stop] == p:
-            words += x_ptr[docs[stop] + 1] - x_ptr[docs[stop]]
+            count_words += x_ptr[docs[stop] + 1] - x_ptr[docs[stop]]
             stop += 1
         lo, hi = chunk_ptr[p - first_cluster], chunk_ptr[p - first_cluster + 1]
-        mapped = np.float64(words) * (4.0 + np.log2(np.float64(hi - lo) + 1.0)) > 3.0 * np.float64(hi - lo)
+        mapped = np.float64(count_words) * (4.0 + np.log2(np.float64(hi - lo) + 1.0)) > 3.0 * np.float64(hi - lo)
         if mapped:
             for f in range(lo, hi):
                 where[feature[f]] = f - lo + one
@@ -70,31 +109,24 @@ def score_pairs(
                 for c in range(x_dense.shape[1]):
                     total += x_dense[i, c] * dense[start - first_node + j, c]
                 out[j] = total
-            at = lo
-            for e in range(x_ptr[i], x_ptr[i + 1]):
-                f = x_idx[e]
-                if mapped:
-                    if where[f] == 0:
-                        continue
-                    at = lo + np.uint64(where[f]) - one
-                else:
-                    end = hi
-                    while at < end:
-                        middle = (at + end) >> one
-                        if feature[middle] < f:
-                            at = middle + one
-                        else:
-                            end = middle
-                    if at >= hi:
-                        break
-                    if feature[at] != f:
-                        continue
-                for w in range(entry_ptr[at], entry_ptr[at + one]):
-                    out[child[w]] += x_val[e] * value[w]
+            words = slice(x_ptr[i], x_ptr[i + 1])
+            _add_words(x_idx[words], x_val[words], lo, hi, feature, entry_ptr, child, value, mapped, where, out)
         if mapped:
             for f in range(lo, hi):
                 where[feature[f]] = 0
         k = stop
+
+
+@njit(cache=True, nogil=True)
+def _final(output: float, parent: float, kind: int, power: int, log: bool) -> float:
+    """Score of a node from its ranker's output and its parent's score; see `PostProcessor`."""
+    x = np.float64(output)
+    if kind == NOOP:
+        return x
+    exponent = -(max(0.0, 1.0 - x) ** power)
+    if kind == SIGMOID:
+        exponent = min(x, 0.0) - math.log1p(math.exp(-abs(x)))
+    return exponent + parent if log else math.exp(exponent) * parent
 
 
 @njit(cache=True, nogil=True)
@@ -125,14 +157,7 @@ def keep_best(
             if kept == k and kind != NOOP and parent < best[i, k - 1]:
                 continue  # a child never scores above its parent
             for j in range(child_ptr[p + 1] - child_ptr[p]):
-                score = np.float64(scores[outs[r] + j])
-                if kind != NOOP:
-                    if kind == HINGE:
-                        score = -(max(0.0, 1.0 - score) ** power)
-                    else:
-                        score = min(score, 0.0) - math.log1p(math.exp(-abs(score)))
-                    score = score + parent if log else math.exp(score) * parent
-                final = np.float32(score)
+                final = np.float32(_final(scores[outs[r] + j], parent, kind, power, log))
                 node = child_ptr[p] + j
                 label = ids[node] if ids.size else node
                 if kept == k and (final < best[i, k - 1] or (final == best[i, k - 1] and label > best_ids[i, k - 1])):
@@ -153,7 +178,7 @@ def keep_best(
 
 
 @njit(cache=True, nogil=True)
-def _forget(best_ids: I64, best: F32, kept: int, label: int, score: float) -> tuple[int, bool]:
+def _forget(best_ids: I64, best: F32, kept: int, label: int, score: np.float32) -> tuple[int, bool]:
     """Take a label off the list if it is there with a lower score; (length, whether to insert it)."""
     for j in range(kept):
         if best_ids[j] == label:
@@ -166,7 +191,7 @@ def _forget(best_ids: I64, best: F32, kept: int, label: int, score: float) -> tu
 
 
 @njit(cache=True, nogil=True)
-def _insert(best_ids: I64, best: F32, kept: int, k: int, label: int, score: float) -> int:
+def _insert(best_ids: I64, best: F32, kept: int, k: int, label: int, score: np.float32) -> int:
     """Put a label into a list sorted by score, then id; the last falls off a full list."""
     j = kept if kept < k else k - 1
     while j > 0 and (score > best[j - 1] or (score == best[j - 1] and label < best_ids[j - 1])):

@@ -47,7 +47,7 @@ def compact_rows(indptr: U64, indices: U32, data: F32, docs: I64, where: U32) ->
     total = out_ptr[n]
     out_idx = np.empty(total, np.uint32)
     out_val = np.empty(total, np.float32)
-    columns = np.empty(min(np.int64(total), where.size), np.int64)
+    columns = np.empty(np.minimum(np.int64(total), where.size), np.int64)
     found = 0
     for i in range(n):
         at = out_ptr[i]
@@ -217,27 +217,10 @@ def solve_nodes(
     threshold: float,
     limit: int,
 ) -> tuple[I64, U32, F32, F32, F32]:
-    """Solve the nodes of one cluster one after another.
+    """Solve the m nodes of one cluster.
 
-    Args:
-        indptr: with ``cols`` and ``vals`` the documents ``[n, F]`` from `compact_rows`.
-        cols: see ``indptr``.
-        vals: see ``indptr``.
-        dense: ``[n, d]``; d may be 0.
-        norms: ``[n]`` from `squared_norms`.
-        by_feature: ``[F]`` local columns in the order of their global ids.
-        shared: documents every node trains on.
-        pos_ptr: ``[m+1]``; node j's positives are ``pos[pos_ptr[j]:pos_ptr[j+1]]``.
-        pos: local documents.
-        pos_cost: their costs.
-        first_node: global id of the first node, for its random numbers.
-        seed: of the run.
-        cost_negative: cost of every other document.
-        eps: stop when the projected gradients lie within it.
-        max_iter: most passes.
-        bias: value of the bias feature.
-        threshold: smaller sparse weights are dropped.
-        limit: most sparse weights a node.
+    Documents ``[n, F]`` come from `compact_rows`; ``by_feature [F]`` lists local columns by global id.
+    Every node trains on the documents ``shared`` and on its positives, ``pos[pos_ptr[j]:pos_ptr[j+1]]``.
 
     Returns:
         kept weights per node ``[m]``, their feature ranks and values (node after node),

@@ -132,7 +132,7 @@ class WeightPart:
             ValueError: the numbers of nodes disagree.
         """
         n = bias.size
-        rows = sp.coo_matrix((n, 0), dtype=np.float32) if sparse is None else sparse.tocoo()
+        rows = sp.coo_matrix(np.zeros((n, 0), np.float32)) if sparse is None else sparse.tocoo()
         matrix = np.zeros((n, 0), np.float32) if dense is None else np.ascontiguousarray(dense, np.float32)
         if rows.shape[0] != n or first_node + n > child_ptr[-1]:
             raise ValueError(f"{rows.shape[0]} sparse rows, {n} bias terms, {child_ptr[-1]} nodes in the level")
@@ -179,7 +179,7 @@ class WeightPart:
         arrays: dict[str, Any] = {name: _open(folder / f"{name}.npy") for name in _ARRAYS}
         meta = folder / "part.json"
         try:
-            scalars = {k: int(v) for k, v in json.loads(meta.read_text()).items()}
+            scalars: dict[str, Any] = {k: int(v) for k, v in json.loads(meta.read_text()).items()}
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{meta}: damaged ({error}); train this level again") from error
         try:

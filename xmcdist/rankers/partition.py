@@ -28,7 +28,8 @@ def estimate_costs(features: Features, M: sp.csr_matrix, child_ptr: NDArray[np.i
     if features.sparse is not None:
         length += np.diff(features.sparse.indptr)
     per_entry = np.repeat(length, np.diff(M.indptr))
-    return np.bincount(M.indices, weights=per_entry, minlength=M.shape[1]) * np.diff(child_ptr) + 1.0
+    documents = np.bincount(M.indices, weights=per_entry, minlength=M.shape[1])
+    return np.asarray(documents * np.diff(child_ptr) + 1.0, np.float64)
 
 
 def cluster_ranges(costs: NDArray[np.float64], world_size: int) -> list[tuple[int, int]]:

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -111,6 +111,20 @@ def solve_level(
     return problem.assemble([chunks[p] for p in sorted(chunks)])
 
 
+class _Documents(NamedTuple):
+    """The documents one cluster's nodes train on, with features renumbered."""
+
+    ids: NDArray[np.int64]  # [n] ascending
+    indptr: NDArray[np.uint64]
+    cols: NDArray[np.uint32]
+    vals: NDArray[np.float32]
+    dense: NDArray[np.float32]  # [n, d]
+    norms: NDArray[np.float64]  # [n]
+    by_feature: NDArray[np.int64]  # [F] local columns in the order of their global ids
+    shared: NDArray[np.uint32]  # documents that train every node; the rest are positives of some
+    columns: NDArray[np.int64]  # [F] global ids, ascending
+
+
 class _Problem:
     """One level's matrices by column, and how one cluster of it is solved."""
 
@@ -136,7 +150,9 @@ class _Problem:
         self.dense = features.dense
         self.num_docs = features.num_rows
         self.num_sparse = features.num_sparse
-        X = sp.csr_matrix((self.num_docs, 0), dtype=np.float32) if features.sparse is None else features.sparse
+        X = features.sparse
+        if X is None:
+            X = sp.csr_matrix(np.zeros((self.num_docs, 0), np.float32))
         self.indptr = X.indptr.astype(np.uint64)
         self.indices = _frozen(
             X.indices.view(np.uint32) if X.indices.dtype == np.int32 else X.indices.astype(np.uint32)
@@ -150,8 +166,8 @@ class _Problem:
         is_wide = (self.costs > large) & (np.diff(self.bounds) > 1) & (workers > 1)
         return [c for c in order if is_wide[c]], [c for c in order if not is_wide[c]]
 
-    def _gather(self, c: int) -> tuple[tuple[NDArray[Any], ...], NDArray[np.int64], NDArray[np.int64]]:
-        """Documents of a cluster as solve_nodes wants them; their ids; the global ids of their features."""
+    def _gather(self, c: int) -> _Documents:
+        """The documents of one cluster."""
         own = _column(self.members, c)
         start, stop = self.bounds[c : c + 2] - self.nodes[0]
         positives = self.positives.indices[self.positives.indptr[start] : self.positives.indptr[stop]]
@@ -165,17 +181,23 @@ class _Problem:
         norms = kernels.squared_norms(indptr, vals, dense, float(self.params.bias))
         by_feature = np.argsort(columns, kind="stable").astype(np.int64)
         shared = kernels.local_positives(docs, own.astype(np.int64))
-        return (indptr, cols, vals, dense, norms, by_feature, shared), docs, columns[by_feature]
+        return _Documents(docs, indptr, cols, vals, dense, norms, by_feature, shared, columns[by_feature])
 
-    def _solve(self, local: tuple[NDArray[Any], ...], docs: NDArray[np.int64], start: int, stop: int) -> Weights:
+    def _solve(self, local: _Documents, start: int, stop: int) -> Weights:
         """Solve the nodes ``[start, stop)`` of one cluster."""
         params, Y = self.params, self.positives
         a, b = start - self.nodes[0], stop - self.nodes[0]
         span = slice(Y.indptr[a], Y.indptr[b])
         solved: Weights = kernels.solve_nodes(
-            *local,
+            local.indptr,
+            local.cols,
+            local.vals,
+            local.dense,
+            local.norms,
+            local.by_feature,
+            local.shared,
             (Y.indptr[a : b + 1] - Y.indptr[a]).astype(np.int64),
-            kernels.local_positives(docs, Y.indices[span].astype(np.int64)),
+            kernels.local_positives(local.ids, Y.indices[span].astype(np.int64)),
             params.Cp * self.relevance[span].astype(np.float64),
             int(start),
             np.uint64(params.seed),
@@ -190,17 +212,17 @@ class _Problem:
 
     def solve_cluster(self, c: int) -> tuple[NDArray[Any], ...]:
         """One cluster on the calling thread: its chunk of the level's weights."""
-        local, docs, columns = self._gather(c)
+        local = self._gather(c)
         start, stop = self.bounds[c : c + 2]
-        return _chunk([self._solve(local, docs, start, stop)], columns)
+        return _chunk([self._solve(local, start, stop)], local.columns)
 
     def solve_wide(self, c: int, submit: Callable[..., Callable[[], Any]], workers: int) -> tuple[NDArray[Any], ...]:
         """One cluster with its nodes spread over all threads."""
-        local, docs, columns = self._gather(c)
+        local = self._gather(c)
         start, stop = self.bounds[c : c + 2]
         cuts = np.unique(np.linspace(start, stop, 4 * workers + 1).astype(np.int64))
-        results = [submit(self._solve, local, docs, a, b) for a, b in pairwise(cuts)]
-        return _chunk([result() for result in results], columns)
+        results = [submit(self._solve, local, a, b) for a, b in pairwise(cuts)]
+        return _chunk([result() for result in results], local.columns)
 
     def assemble(self, chunks: Sequence[tuple[NDArray[Any], ...]]) -> LevelWeights:
         """All chunks, in cluster order, as one level."""
