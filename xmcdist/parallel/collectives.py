@@ -16,8 +16,10 @@ from __future__ import annotations
 import os
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "all_gather_embeddings",
     "all_gather_ragged",
     "all_reduce",
+    "all_reduce_array",
     "any_rank",
     "barrier",
     "broadcast_object",
@@ -84,6 +87,11 @@ def all_reduce(x: Tensor, op: str = "sum", group: dist.ProcessGroup | None = Non
     out = x.clone()
     dist.all_reduce(out, op=getattr(dist.ReduceOp, op.upper()), group=group)
     return out
+
+
+def all_reduce_array(x: NDArray[Any], group: dist.ProcessGroup | None = None) -> NDArray[Any]:
+    """Sum of a numpy array over ranks (int64 or float64); the input is left as it was."""
+    return all_reduce(torch.from_numpy(np.ascontiguousarray(x)), "sum", group).numpy()
 
 
 def any_rank(flag: bool, device: torch.device, group: dist.ProcessGroup | None = None) -> bool:

@@ -18,7 +18,7 @@ from xmcdist.pipelines.run import Run
 from xmcdist.rankers.model import LinearTree
 from xmcdist.rankers.partition import estimate_costs, node_ranges
 from xmcdist.rankers.solver import SolverParams, solve_level
-from xmcdist.rankers.weights import LevelWeights, load_level
+from xmcdist.rankers.weights import LevelWeights
 from xmcdist.sparse.csr import l1_rows
 from xmcdist.sparse.features import Features
 from xmcdist.sparse.store import open_csr
@@ -46,7 +46,7 @@ def rank_stages(run: Run, prefix: str, features: Features, tree_folder: Path, af
         name = f"{prefix}-{t}"
         above = _level_stage(run, name, t, features, tree, tree_folder, above, after)
         after = (*after, name)
-        levels.append(_open_weights(above))
+        levels.append(LevelWeights.load(above / "weights"))
     r = run.cfg.ranker
     return LinearTree(
         tree=tree,
@@ -106,7 +106,7 @@ def _predict(run: Run, folder: Path, features: Features, child_ptr: NDArray[np.i
     root = root_rows(stop - start) * PostProcessor.named(cfg.post_processor).root_score
     parents = root if above is None else open_csr(above / "P")[start:stop]
     P = predict_level(
-        _open_weights(folder),
+        LevelWeights.load(folder / "weights"),
         features.rows(start, stop),
         parents,
         child_ptr,
@@ -127,8 +127,3 @@ def _matching(run: Run, folder: Path, t: int, scheme: str, tree_folder: Path, ab
         part = active_parents(scheme, true, found)
     write_csr(folder / "M", part, run.world)
     return open_csr(folder / "M")
-
-
-def _open_weights(stage: Path) -> tuple[LevelWeights, ...]:
-    """A level's weights, in as many parts as there were ranks when it was solved."""
-    return load_level(stage / "weights", len(list((stage / "weights").glob("part-*-of-*"))))

@@ -61,19 +61,5 @@ def show_tree(cfg: TreeShowConfig) -> str:
     if cfg.cluster is not None:
         return describe_cluster(tree, cfg.level if cfg.level is not None else 1, cfg.cluster, texts)
     if cfg.label is not None:
-        return describe_label(tree, _label_id(cfg.label, texts), texts)
+        return describe_label(tree, int(cfg.label) if cfg.label.isdigit() else cfg.label, texts)
     return describe_tree(tree, texts)
-
-
-def _label_id(label: str, texts: TextStore) -> int:
-    if label.isdigit():
-        return int(label)
-    near: list[str] = []
-    for index in range(len(texts)):
-        text = texts[index]
-        if text == label or text.split(" : ")[0] == label:
-            return index
-        if len(near) < 5 and label.lower() in text.lower():
-            near.append(text)
-    hint = f"; labels that contain it: {'; '.join(near)}" if near else ""
-    raise UserError(f"no label reads {label!r}{hint}")
