@@ -83,10 +83,15 @@ def test_more_documents_than_are_encoded_at_once(tmp_path: Path) -> None:
 @on_ranks(1, 2, 3)
 def _write(folder: str, rank: int, world_size: int) -> None:
     texts = store_of(folder)
-    write_tokens(
-        Path(folder, "k"), texts, encode, pad_id=PAD, fingerprint="f", docs_per_shard=7,
-        world=World(rank, world_size, rank, world_size, "cpu"),
-    )  # fmt: skip
+    encoded: list[str] = []
+
+    def watched(some: list[str]) -> list[list[int]]:
+        encoded.extend(some)
+        return encode(some)
+
+    world = World(rank, world_size, rank, world_size, "cpu")
+    write_tokens(Path(folder, "k"), texts, watched, pad_id=PAD, fingerprint="f", world=world, docs_per_shard=7)
+    assert encoded == [text for i, text in enumerate(texts) if i // 7 % world_size == rank], "a shard is written once"
 
 
 def store_of(folder: str) -> TextStore:
