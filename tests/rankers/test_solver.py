@@ -29,7 +29,8 @@ def same(a: LevelWeights, b: LevelWeights, child_ptr: np.ndarray) -> bool:
 @pytest.mark.parametrize(("Cp", "Cn", "bias"), [(1.0, 1.0, 1.0), (4.0, 0.5, 1.5), (100.0, 100.0, 0.7)])
 def test_weights_are_those_of_liblinear(Cp: float, Cn: float, bias: float) -> None:
     p = problem()
-    got = rows(solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(Cp=Cp, Cn=Cn, bias=bias, **TIGHT)), p.child_ptr)
+    params = SolverParams(Cp=Cp, Cn=Cn, bias=bias, **TIGHT)
+    got = rows(solve_level(p.both, p.Y, p.M, p.child_ptr, params, threads=1), p.child_ptr)
     for node in range(12):
         if node != 1:
             np.testing.assert_allclose(got[node], reference(p, node, Cp, Cn, bias), atol=2e-5, err_msg=f"node {node}")
@@ -100,9 +101,9 @@ def test_node_without_positives_says_no() -> None:
 @pytest.mark.parametrize("cuts", [[0, 4], [0, 2, 4], [0, 1, 3, 4], [0, 0, 4, 4]])
 def test_ranges_and_threads_change_nothing(cuts: list[int], threads: int) -> None:
     p = problem()
-    whole = solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(seed=7), threads=1)
+    whole = solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(Cp=3, Cn=0.5, seed=7), threads=1)
     parts = [
-        solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(seed=7), clusters=(a, b), threads=threads)
+        solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(Cp=3, Cn=0.5, seed=7), clusters=(a, b), threads=threads)
         for a, b in pairwise(cuts)
     ]
     assert same(LevelWeights.concat(parts), whole, p.child_ptr)
@@ -115,6 +116,15 @@ def test_a_cluster_may_be_cut() -> None:
         solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(), nodes=r) for r in ((0, 2), (2, 5), (5, 5), (5, 12))
     ]
     assert same(LevelWeights.concat(parts), whole, p.child_ptr)
+
+
+def test_one_step_on_one_document_is_exact() -> None:
+    x = np.array([[3.0, 0.0, 4.0]], np.float32)
+    one = np.array([0, 1])
+    params = SolverParams(Cp=2, bias=0.5, max_iter=1, threshold=0)
+    w = rows(solve_level(Features(csr(x), None), csr([[1]]), csr([[1]]), one, params), one)[0]
+    alpha = 1 / (25 + 0.25 + 0.5 / 2)
+    np.testing.assert_allclose(w, [3 * alpha, 0, 4 * alpha, 0.25 * alpha], rtol=1e-6)
 
 
 def test_seed_is_used() -> None:
