@@ -1,177 +1,214 @@
-"""Ranking metrics of extreme classification, as exact sums over documents and ranks.
+"""Exact ranking metrics of extreme classification, summed document by document.
 
-P@k, nDCG@k, R@k, and their propensity-scored forms, overall and by how frequent labels are
-in training.  Only documents with at least one true label count; the others are skipped and
-counted (``documents_without_labels``), for no ranking of theirs is right or wrong.
-
-Bands: with the labels in order of falling training frequency (ties to the smaller id),
-*head* is the first ``head_share`` of all labels, *tail* are labels outside it with fewer
-than ``tail_below`` training documents, *torso* the rest.  ``band/P@k`` is the part of P@k
-that hits in the band bring (the three add up to P@k); ``band/R@k`` is the share of the
-band's true labels that are found, averaged over documents that have any.
-
-Source: Jain et al., KDD 2016 (propensities: p_l of label frequency N_l,
-``1/p_l = 1 + C (N_l + B)^-A`` with ``C = (ln N - 1)(B + 1)^A``); the Extreme Classification
-Repository's normalisation of PSP@k and PSnDCG@k by the oracle ranking.
+Shapes: n documents of one update, k predictions a document, L labels, K cut-offs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import scipy.sparse as sp
-from numpy.typing import NDArray
 
-from xmcdist.parallel.launch import World
+from xmcdist.config.errors import UserError
+from xmcdist.evaluation.bands import BANDS, label_bands
+from xmcdist.evaluation.ranked import discounts, inverse_propensity, mark_hits, oracle_weights, positives
 
-__all__ = ["BANDS", "MetricSums", "inverse_propensity", "label_bands"]
+if TYPE_CHECKING:
+    from xmcdist.parallel.launch import World
 
-BANDS = ("head", "torso", "tail")
+__all__ = ["MetricSums"]
 
-F64 = NDArray[np.float64]
-
-
-def inverse_propensity(frequency: NDArray[np.int64], num_train: int, a: float, b: float) -> F64:
-    """``1/p_l`` of each label ``[L]``, at least 1; ``frequency`` in training documents."""
-    c = (np.log(num_train) - 1.0) * (b + 1.0) ** a
-    inverse: F64 = 1.0 + c * (frequency.astype(np.float64) + b) ** -a
-    return inverse
-
-
-def label_bands(frequency: NDArray[np.int64], head_share: float, tail_below: int) -> NDArray[np.int64]:
-    """0 head, 1 torso, 2 tail for each label ``[L]``; see the module's words."""
-    order = np.argsort(-frequency, kind="stable")
-    bands = np.where(frequency < tail_below, 2, 1)
-    bands[order[: round(head_share * frequency.size)]] = 0
-    return bands
+_MEANS = ("R", "nDCG", "PSP", "PSP oracle", "PSnDCG", "PSnDCG oracle")
 
 
 class MetricSums:
-    """Sums from which all metrics follow; add documents, reduce over ranks, read the result."""
+    """Sums over test documents from which every metric follows.
+
+    A rank updates with its own documents, `reduce` adds the ranks, `result` divides.
+    What is counted is kept in int64 and what is weighted in float64, so the result does
+    not depend on how documents were split over batches and ranks (up to the last bits
+    of a float64).
+
+    With r_1, r_2, .. a document's predictions, y its set of true labels, and C(m) the sum
+    of 1/log2(j+1) over j = 1 .. m:
+
+    * P@k: mean of ``hits in the first k / k``.  Fewer predictions than k count as misses.
+    * R@k: mean of ``hits in the first k / |y|``.
+    * nDCG@k: mean of ``sum over hits j <= k of 1/log2(j+1) / C(min(k, |y|))``.
+    * PSP@k, PSnDCG@k: hits weighted by the inverse propensity of their label, divided by
+      the same of the oracle that ranks the true labels by inverse propensity: a ratio of
+      the two means, not a mean of ratios.  Each document's PSnDCG is divided by
+      C(min(k, |y|)) above and below.
+    * ``band/P@k``: P@k that counts only hits of the band's labels; the bands of
+      `label_bands` sum to P@k.
+    * ``band/R@k``: share of all the band's (document, true label) pairs that are within
+      the first k: pooled over documents, since most have no label of a small band.
+
+    Documents without true labels are skipped: no ranking of them is right or wrong.  They
+    are counted in `skipped` and are in no mean.
+
+    Source: Jain et al., KDD 2016, for propensities; normalisations as in pyxclib
+    (github.com/kunaldahiya/pyxclib).
+
+    Args:
+        ks: cut-offs; duplicates and order do not matter.
+        label_frequency: training documents of each label, int64 ``[L]``.
+        num_train: number of training documents.
+        a: constant A of the propensity model.
+        b: constant B.
+        head_share: see `label_bands`.
+        tail_below: see `label_bands`.
+
+    Raises:
+        UserError: a cut-off below 1, no training documents, or constants that give no weight.
+    """
 
     def __init__(
         self,
         *,
         ks: Sequence[int],
-        label_frequency: NDArray[np.int64],
+        label_frequency: npt.NDArray[np.integer],
         num_train: int,
         a: float = 0.55,
         b: float = 1.5,
         head_share: float = 0.2,
         tail_below: int = 6,
     ) -> None:
-        """Args are those of the module's words; ``label_frequency`` is ``[L]``."""
-        self.ks = sorted(set(ks))
+        if not len(ks) or min(ks) < 1:
+            raise UserError(f"evaluation.ks={list(ks)} needs positive cut-offs")
+        if num_train < 1:
+            raise UserError(f"propensities need the number of training documents, not {num_train}")
+        if b <= 0 or a < 0:
+            raise UserError(f"dataset.propensity_a={a} must be at least 0 and dataset.propensity_b={b} positive")
         frequency = np.asarray(label_frequency, dtype=np.int64)
-        self.inverse = inverse_propensity(frequency, max(num_train, 2), a, b)
-        self.bands = label_bands(frequency, head_share, tail_below)
-        # rows: P nDCG R PSP PSP-oracle PSnDCG PSnDCG-oracle, then (P R documents) a band
-        self.sums = np.zeros((7 + 3 * len(BANDS), len(self.ks)), dtype=np.float64)
-        self.documents = np.zeros(2, dtype=np.int64)  # scored, without labels
+        self.ks = sorted(set(ks))
+        self.num_labels = frequency.size
+        self._weight = inverse_propensity(frequency, num_train, a, b)
+        self._band = label_bands(frequency, head_share, tail_below)
+        self._discount = discounts(self.ks[-1])
+        self._at = np.asarray(self.ks) - 1
+        self._documents = np.zeros(2, dtype=np.int64)  # counted, skipped
+        self._band_hits = np.zeros((len(BANDS), len(self.ks)), dtype=np.int64)
+        self._band_positives = np.zeros(len(BANDS), dtype=np.int64)
+        self._sums = np.zeros((len(_MEANS), len(self.ks)))
 
-    def update(self, labels: NDArray[np.int64], Y: sp.csr_matrix) -> None:
+    @property
+    def documents(self) -> int:
+        """Documents with true labels so far; over all ranks after `reduce`."""
+        return int(self._documents[0])
+
+    @property
+    def skipped(self) -> int:
+        """Documents without true labels so far; over all ranks after `reduce`."""
+        return int(self._documents[1])
+
+    def update(self, labels: npt.NDArray[np.integer], Y: sp.csr_matrix) -> None:
         """Add documents.
 
         Args:
-            labels: predicted label ids ``[n, k]``, best first, -1 where there is none.
-            Y: true labels ``[n, L]``; stored entries above 0 count.
+            labels: ``[n, k]`` predicted label ids in rank order, -1 in empty slots; any k.
+            Y: ``[n, L]`` true labels, where not zero.  Only read.
 
-        Cost: O(n k log) for the matching, no loop over documents.
+        Raises:
+            ValueError: shapes do not fit, an id is outside [-1, L), or a document has one twice.
+
+        Cost: O(n k log nnz(Y) + nnz(Y) log nnz(Y)) time, O(n max(ks) + nnz(Y)) memory.
         """
-        width = max(self.ks)
-        ranked = np.full((labels.shape[0], width), -1, dtype=np.int64)
-        ranked[:, : min(width, labels.shape[1])] = labels[:, :width]
-        truth = sp.csr_matrix(Y, copy=True)
-        truth.data[truth.data <= 0] = 0
-        truth.eliminate_zeros()
-        counts = np.diff(truth.indptr)
-        some = counts > 0
-        self.documents += [int(some.sum()), int((~some).sum())]
-        truth, ranked, counts = truth[some], ranked[some], counts[some].astype(np.int64)
-        hit = _hits(ranked, truth)
-        weight = np.where(hit, self.inverse[np.maximum(ranked, 0)], 0.0)
-        best = _oracle(truth, self.inverse, width)
-        discount = 1.0 / np.log2(np.arange(width) + 2.0)
-        ideal = np.concatenate([[0.0], np.cumsum(discount)])
-        for column, k in enumerate(self.ks):
-            found = hit[:, :k]
-            gain = found @ discount[:k]
-            base = ideal[np.minimum(counts, k)]
-            self.sums[:7, column] += [
-                found.sum() / k,
-                (gain / base).sum(),
-                (found.sum(axis=1) / counts).sum(),
-                weight[:, :k].sum() / k,
-                best[:, :k].sum() / k,
-                (weight[:, :k] @ discount[:k] / base).sum(),
-                (best[:, :k] @ discount[:k] / base).sum(),
-            ]
-            self._add_bands(column, k, ranked, hit, truth)
-
-    def _add_bands(
-        self, column: int, k: int, ranked: NDArray[np.int64], hit: NDArray[np.bool_], truth: sp.csr_matrix
-    ) -> None:
-        rows = np.repeat(np.arange(truth.shape[0]), np.diff(truth.indptr))
+        ranked = self._checked(labels, Y)
+        rows, columns = positives(Y)
+        counts = np.bincount(rows, minlength=Y.shape[0])
+        counted = counts > 0
+        self._documents += [np.count_nonzero(counted), np.count_nonzero(~counted)]
+        hits = mark_hits(ranked, rows, columns, self.num_labels)
+        # An empty slot has id -1 and reads the last label's band and weight, but is never a hit.
+        self._band_positives += np.bincount(self._band[columns], minlength=len(BANDS))
         for band in range(len(BANDS)):
-            of_band = np.bincount(rows[self.bands[truth.indices] == band], minlength=truth.shape[0])
-            found = (hit[:, :k] & (self.bands[np.maximum(ranked[:, :k], 0)] == band)).sum(axis=1)
-            have = of_band > 0
-            self.sums[7 + 3 * band : 10 + 3 * band, column] += [
-                found.sum() / k,
-                (found[have] / of_band[have]).sum(),
-                have.sum(),
-            ]
+            in_band = hits & (self._band[ranked] == band)
+            self._band_hits[band] += np.cumsum(in_band.sum(axis=0))[self._at]
+        weighted = np.where(hits, self._weight[ranked], 0.0)[counted]
+        oracle = oracle_weights(rows, self._weight[columns], Y.shape[0], self.ks[-1])[counted]
+        self._add_means(hits[counted].astype(np.float64), weighted, oracle, counts[counted])
+
+    def _add_means(
+        self,
+        hits: npt.NDArray[np.float64],
+        weighted: npt.NDArray[np.float64],
+        oracle: npt.NDArray[np.float64],
+        counts: npt.NDArray[np.int64],
+    ) -> None:
+        ideal = np.cumsum(self._discount)[np.minimum(np.asarray(self.ks), counts[:, None]) - 1]
+        per_document = (
+            self._until_k(hits) / counts[:, None],
+            self._until_k(hits * self._discount) / ideal,
+            self._until_k(weighted),
+            self._until_k(oracle),
+            self._until_k(weighted * self._discount) / ideal,
+            self._until_k(oracle * self._discount) / ideal,
+        )
+        self._sums += np.stack([values.sum(axis=0) for values in per_document])
+
+    def _until_k(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Sums over the first k ranks for every cut-off, ``[n, max(ks)]`` to ``[n, K]``."""
+        return np.asarray(np.cumsum(values, axis=1)[:, self._at])
+
+    def _checked(self, labels: npt.NDArray[np.integer], Y: sp.csr_matrix) -> npt.NDArray[np.int64]:
+        """The predictions as int64 with exactly max(ks) columns."""
+        if labels.ndim != 2 or labels.shape[0] != Y.shape[0] or Y.shape[1] != self.num_labels:
+            raise ValueError(
+                f"predictions {list(labels.shape)} and true labels {list(Y.shape)} must be [n, k] and [n, L] "
+                f"with L={self.num_labels}"
+            )
+        width = self.ks[-1]
+        ranked = np.full((labels.shape[0], width), -1, dtype=np.int64)
+        given = labels[:, :width]
+        ranked[:, : given.shape[1]] = given
+        if ranked.size and not -1 <= ranked.min() <= ranked.max() < self.num_labels:
+            raise ValueError(f"predicted label ids {ranked.min()}..{ranked.max()} must be in [-1, {self.num_labels})")
+        in_order = np.sort(ranked, axis=1)
+        twice = ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any(axis=1)
+        if twice.any():
+            raise ValueError(
+                f"document {int(np.argmax(twice))} of {len(twice)} has a label twice among its predictions"
+            )
+        return ranked
 
     def reduce(self, world: World) -> None:
-        """Add up the ranks' sums; collective."""
-        if world.world_size > 1:
-            from xmcdist.parallel.collectives import all_reduce_array
+        """Add every rank's sums, so that all ranks hold the total; collective.  Call it once, after all updates."""
+        if world.world_size == 1:
+            return
+        import torch
 
-            self.sums, self.documents = all_reduce_array(self.sums), all_reduce_array(self.documents)
+        from xmcdist.parallel.collectives import all_reduce
+
+        shapes = self._documents, self._band_hits, self._band_positives
+        counts = all_reduce(torch.from_numpy(np.concatenate([x.ravel() for x in shapes]))).numpy()
+        ends = np.cumsum([x.size for x in shapes])
+        for mine, total in zip(shapes, np.split(counts, ends[:-1]), strict=True):
+            mine[...] = total.reshape(mine.shape)
+        self._sums[...] = all_reduce(torch.from_numpy(self._sums)).numpy()
 
     def result(self) -> dict[str, float]:
-        """Percent by key: ``"P@1"``, ``"nDCG@3"``, ``"R@10"``, ``"PSP@5"``, ``"PSnDCG@5"``, ``"tail/R@10"``;
-        and the numbers of documents scored and skipped."""
-        n = max(int(self.documents[0]), 1)
+        """Percent by key: ``"P@1"``, ``"nDCG@3"``, ``"PSP@5"``, ``"PSnDCG@5"``, ``"R@10"``, ``"tail/P@5"``, ...
+
+        What has no value has no key: everything when no document was counted, and
+        ``band/R@k`` of a band without true labels.
+        """
+        if not self.documents:
+            return {}
+        means = dict(zip(_MEANS, self._sums / self.documents, strict=True))
         out: dict[str, float] = {}
-        for column, k in enumerate(self.ks):
-            p, ndcg, r, psp, psp_best, psn, psn_best = self.sums[:7, column].tolist()
-            out |= {
-                f"P@{k}": 100 * p / n,
-                f"nDCG@{k}": 100 * ndcg / n,
-                f"R@{k}": 100 * r / n,
-                f"PSP@{k}": 100 * psp / psp_best if psp_best else 0.0,
-                f"PSnDCG@{k}": 100 * psn / psn_best if psn_best else 0.0,
-            }
-            for band, name in enumerate(BANDS):
-                hits, recall, have = self.sums[7 + 3 * band : 10 + 3 * band, column].tolist()
-                out[f"{name}/P@{k}"] = 100 * hits / n
-                out[f"{name}/R@{k}"] = 100 * recall / have if have else 0.0
-        out["documents"] = float(self.documents[0])
-        out["documents_without_labels"] = float(self.documents[1])
+        for i, k in enumerate(self.ks):
+            slots = self.documents * k
+            out[f"P@{k}"] = 100.0 * int(self._band_hits[:, i].sum()) / slots
+            for name in ("nDCG", "R"):
+                out[f"{name}@{k}"] = 100.0 * float(means[name][i])
+            for name in ("PSP", "PSnDCG"):
+                out[f"{name}@{k}"] = 100.0 * float(means[name][i] / means[f"{name} oracle"][i])
+            for b, band in enumerate(BANDS):
+                out[f"{band}/P@{k}"] = 100.0 * int(self._band_hits[b, i]) / slots
+                if self._band_positives[b]:
+                    out[f"{band}/R@{k}"] = 100.0 * int(self._band_hits[b, i]) / int(self._band_positives[b])
         return out
-
-
-def _hits(ranked: NDArray[np.int64], truth: sp.csr_matrix) -> NDArray[np.bool_]:
-    """Which predictions are true ``[n, k]``: a search for (row, label) in the sorted true pairs."""
-    rows = np.repeat(np.arange(truth.shape[0], dtype=np.int64), np.diff(truth.indptr))
-    pairs = np.sort(rows * truth.shape[1] + truth.indices)
-    if not pairs.size:
-        return np.zeros(ranked.shape, dtype=np.bool_)
-    asked = np.arange(ranked.shape[0], dtype=np.int64)[:, None] * truth.shape[1] + ranked
-    place = np.minimum(np.searchsorted(pairs, asked), pairs.size - 1)
-    return (pairs[place] == asked) & (ranked >= 0)
-
-
-def _oracle(truth: sp.csr_matrix, inverse: F64, width: int) -> F64:
-    """Inverse propensities of each document's true labels, largest first, ``[n, width]``, 0 beyond."""
-    lengths = np.diff(truth.indptr)
-    rows = np.repeat(np.arange(truth.shape[0]), lengths)
-    values = inverse[truth.indices]
-    order = np.lexsort((-values, rows))
-    place = np.arange(order.size) - np.repeat(truth.indptr[:-1], lengths)
-    kept = place < width
-    out = np.zeros((truth.shape[0], width), dtype=np.float64)
-    out[rows[kept], place[kept]] = values[order[kept]]
-    return out

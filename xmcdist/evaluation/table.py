@@ -8,10 +8,19 @@ __all__ = ["format_table"]
 
 
 def format_table(rows: Mapping[str, Mapping[str, float]], keys: Sequence[str]) -> str:
-    """Aligned columns, one row a name; a metric that a row lacks is shown as a dash."""
-    names = max([len(name) for name in rows], default=0)
-    lines = [" " * names + "".join(f"{key:>9}" for key in keys)]
-    for name, metrics in rows.items():
-        cells = "".join(f"{metrics[key]:9.2f}" if key in metrics else f"{'-':>9}" for key in keys)
-        lines.append(f"{name:<{names}}{cells}")
-    return "\n".join(lines)
+    """An aligned plain-text table, one line a model, two decimals, ``-`` where there is no value.
+
+    Args:
+        rows: metrics by model name, in the order shown.
+        keys: the columns, such as ``"P@1"``.
+
+    Returns:
+        Lines joined by newlines, without one at the end.
+    """
+    lines = [["", *keys]]
+    lines += [[name, *(f"{m[key]:.2f}" if key in m else "-" for key in keys)] for name, m in rows.items()]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(keys) + 1)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
+        for line in lines
+    )
