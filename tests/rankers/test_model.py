@@ -37,9 +37,10 @@ def model(parts: int = 1) -> LinearTree:
     return LinearTree(tree(), levels, 9, 3, last_post_processor="noop", bias=2.0)
 
 
-def test_rows_to_chunks_and_back() -> None:
+@pytest.mark.parametrize("width", [1, 30])
+def test_rows_to_chunks_and_back(width: int) -> None:
     rng = np.random.default_rng(1)
-    W = csr(rng.normal(size=(12, 30)) * (rng.random((12, 30)) < 0.3))
+    W = csr(rng.normal(size=(12, width)) * (rng.random((12, width)) < 0.3 + (width == 1)))
     for start, stop in ((0, 12), (2, 8), (3, 3), (4, 5)):
         w = LevelWeights.from_rows(W[start:stop], None, np.zeros(stop - start, np.float32), CHILD_PTR, start)
         np.testing.assert_array_equal(w.sparse_rows(CHILD_PTR).toarray(), W.toarray()[start:stop])

@@ -52,7 +52,8 @@ class _Step:
 
     def widest(self, beam: int) -> int:
         """Most scores one document can need here when it comes with ``beam`` clusters."""
-        return int(np.sort(np.diff(self.child_ptr))[::-1][:beam].sum())
+        sizes = np.diff(self.child_ptr)
+        return int(sizes.sum() if beam >= sizes.size else -np.partition(-sizes, beam)[:beam].sum())
 
 
 class _Block:
@@ -154,7 +155,7 @@ def beam_search(
     for t in range(1, last + 1):
         is_leaf = t == tree.depth
         post = PostProcessor.named(last_name if is_leaf else name)
-        ids = tree.labels.astype(np.int64) if is_leaf else np.zeros(0, np.int64)
+        ids = np.asarray(tree.labels, np.int64) if is_leaf else np.zeros(0, np.int64)
         keep = topk if t == last else beam
         steps.append(_step(model.levels[t - 1], tree.child_ptr[t - 1], post, keep, ids))
     n = features.num_rows
