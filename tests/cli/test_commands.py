@@ -17,7 +17,12 @@ def _xmcdist(*args: str | Path, cwd: Path | None = None) -> subprocess.Completed
     root = str(Path(__file__).parents[2])
     env = {**os.environ, "PYTHONPATH": root}
     return subprocess.run(
-        [sys.executable, "-m", "xmcdist", *map(str, args)], capture_output=True, text=True, cwd=cwd, env=env, timeout=300
+        [sys.executable, "-m", "xmcdist", *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=env,
+        timeout=300,
     )
 
 

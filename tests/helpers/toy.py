@@ -28,7 +28,9 @@ def texts_and_labels(
     return texts, Y[rng.permutation(documents)] if shuffled else Y
 
 
-def write_text_folder(folder: Path, *, train: int = 360, test: int = 60, labels: int = 40, shuffled: bool = False) -> Path:
+def write_text_folder(
+    folder: Path, *, train: int = 360, test: int = 60, labels: int = 40, shuffled: bool = False
+) -> Path:
     """The text-folder form of such a set."""
     folder.mkdir(parents=True)
     for split, count, seed in (("trn", train, 1), ("tst", test, 2)):

@@ -10,7 +10,13 @@ import pytest
 from tests.helpers.launch import kill_when, launch, start
 from tests.helpers.toy import TINY_RUN, write_text_folder
 
-ARGS = [*TINY_RUN, "encoder.dropout=0.1", "matcher.steps=[12,40]", "checkpoint.every_steps=5", "negatives.scheme=tfn+man"]
+ARGS = [
+    *TINY_RUN,
+    "encoder.dropout=0.1",
+    "matcher.steps=[12,40]",
+    "checkpoint.every_steps=5",
+    "negatives.scheme=tfn+man",
+]
 
 
 @pytest.fixture(scope="module")

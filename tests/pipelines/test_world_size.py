@@ -43,7 +43,9 @@ def _digest(run: Path, *globs: str) -> dict[str, str]:
         pytest.param(("match-*/M/*",), id="teacher-forced"),
     ],
 )
-def test_what_comes_from_the_data_alone_is_bit_identical(runs: dict[int, Path], world: int, globs: tuple[str, ...]) -> None:
+def test_what_comes_from_the_data_alone_is_bit_identical(
+    runs: dict[int, Path], world: int, globs: tuple[str, ...]
+) -> None:
     assert _digest(runs[world], *globs) == _digest(runs[1], *globs)
 
 

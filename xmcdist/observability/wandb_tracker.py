@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from xmcdist.config.schema import TrackerConfig
 
@@ -18,7 +19,7 @@ class WandbTracker:
 
         id_file = run_dir / "wandb-id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(uuid4().hex[:8])
         self.run = wandb.init(
             project=cfg.project,
             id=id_file.read_text().strip(),

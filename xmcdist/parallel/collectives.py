@@ -14,6 +14,7 @@ Shapes: W ranks, B rows, K candidates a row.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -202,7 +203,7 @@ class _GatherRows(torch.autograd.Function):
         longest = max(ctx.sizes)
         if min(ctx.sizes) < longest:
             blocks = grad.new_zeros((len(ctx.sizes), longest, grad.shape[1]))
-            for r, block in enumerate(grad.split(ctx.sizes)):
+            for r, block in enumerate(torch.split(grad, ctx.sizes)):
                 blocks[r, : ctx.sizes[r]] = block
             grad = blocks.reshape(-1, grad.shape[1])
         out = grad.new_empty((longest, grad.shape[1]))
@@ -228,4 +229,5 @@ def all_gather_embeddings(x: Tensor, sizes: list[int], group: dist.ProcessGroup 
     if world == 1:
         return x
     _check("all_gather_embeddings", x, (*sizes, *tuple(x.shape[1:])), group)
-    return cast(Tensor, _GatherRows.apply(x, sizes, dist.get_rank(group), float(world), group))
+    gather = cast(Callable[..., Tensor], _GatherRows.apply)
+    return gather(x, sizes, dist.get_rank(group), float(world), group)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterator
 from itertools import islice
@@ -11,6 +10,7 @@ from pathlib import Path
 from xmcdist.checkpoint.atomic import no_space_is_clear
 from xmcdist.config.errors import UserError
 from xmcdist.config.schema import PredictConfig
+from xmcdist.data.lines import byte_lines, decode
 from xmcdist.inference.predictor import Predictor
 
 __all__ = ["predict_file"]
@@ -51,15 +51,10 @@ def predict_file(cfg: PredictConfig) -> int:
 
 
 def _documents(path: Path, text_column: str) -> Iterator[str]:
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
     is_json = path.name.removesuffix(".gz").endswith(".jsonl")
-    with opened as lines:
-        for number, raw in enumerate(lines, start=1):
-            try:
-                line = raw.decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
-            yield _json_text(path, number, line, text_column) if is_json else line
+    for number, raw in byte_lines(path):
+        line = decode(raw, path, number)
+        yield _json_text(path, number, line, text_column) if is_json else line
 
 
 def _json_text(path: Path, number: int, line: str, column: str) -> str:

@@ -160,7 +160,7 @@ def _set_threads(cfg: RunConfig, world: World) -> None:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = cfg.engine.threads or max(1, cores // world.local_world_size)
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(threads, numba.get_num_threads()))
     if cfg.encoder.preset != "none":
         import torch
 

@@ -14,12 +14,14 @@ from typing import BinaryIO
 import numpy as np
 import scipy.sparse as sp
 
+from xmcdist.config.errors import UserError
+
 __all__ = ["CsrWriter", "StoreError", "open_array", "open_csr", "save_csr"]
 
 _CHUNK = 1 << 22  # stored values written in one go
 
 
-class StoreError(ValueError):
+class StoreError(UserError):
     """A stored matrix is missing or damaged; the message names the file."""
 
 
