@@ -24,6 +24,12 @@ def test_every_format_becomes_canonical(form: str, dtype: type) -> None:
     np.testing.assert_array_equal(A.toarray(), [[0, 3, 3, 0], [0] * 4, [0] * 4])
 
 
+def test_duplicates_in_a_csr_are_summed() -> None:
+    A = sp.csr_matrix((np.float32([1, 2, 4]), [1, 0, 1], [0, 3]), shape=(1, 2))
+    assert as_csr(A, "X").toarray().tolist() == [[2, 5]]
+    assert as_csr(A, "X").nnz == 2
+
+
 def test_sparse_array_bool_and_dense() -> None:
     dense = np.array([[True, False], [True, True]])
     for A in (sp.csr_array(dense), sp.csc_array(dense), dense):

@@ -23,7 +23,7 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
-_WORK = 1 << 22  # products one task does: bounds its buffer, and evens out threads
+_WORK = 1 << 22  # values one task may make: bounds its buffer, and evens out threads
 
 
 def pifa(X: sp.csr_matrix, Y: sp.csr_matrix, labels: range | None = None) -> sp.csr_matrix:
@@ -100,7 +100,7 @@ def label_embedding(
 
 
 def _pieces(room: I64, dense_work: I64) -> list[tuple[int, int]]:
-    """Label ranges of about `_WORK` products each."""
+    """Label ranges of about `_WORK` values each."""
     work = room + np.concatenate([[0], np.cumsum(dense_work)])
     cuts = np.searchsorted(work, np.arange(_WORK, max(int(work[-1]), _WORK), _WORK))
     edges = np.unique(np.concatenate([[0], cuts, [len(room) - 1]])).tolist()
@@ -141,7 +141,7 @@ def _row_room(indptr: I64, ptr: I64, docs: I64, num_sparse: int) -> I64:
         values = np.int64(0)
         for k in range(ptr[label], ptr[label + 1]):
             values += indptr[docs[k] + 1] - indptr[docs[k]]
-        room[label + 1] = room[label] + values
+        room[label + 1] = room[label] + min(values, num_sparse)
     return room
 
 
