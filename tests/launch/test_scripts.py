@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import fields, is_dataclass
@@ -129,3 +130,11 @@ def test_configuration_page_has_every_setting() -> None:
         names += [f.name for f in fields(other) if f.name not in names]
     missing = [name for name in names if f"`{name}`" not in page]
     assert missing == []
+
+
+def test_tests_named_by_the_architecture_page_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 10
+    for path, test in named:
+        assert f"def {test}" in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{test}"
