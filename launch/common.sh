@@ -34,8 +34,14 @@ use_venv() {
       [[ "$(cat "$venv/.xmcdist-$extra" 2>/dev/null)" == "$(recipe "$extra")" ]] && return
     done
   else
+    if [[ -e "$venv" && ! -e "$venv/pyvenv.cfg" ]]; then
+      die "$venv exists and is no Python environment; set XMCDIST_VENV to another folder"
+    fi
     base="$(find_python)"
-    "$base" -m venv --clear "$venv" || die "$base cannot make environments; on Debian: apt-get install python3-venv"
+    if ! "$base" -m venv --clear "$venv"; then
+      rm -rf "$venv" # half an environment would be taken for one next time
+      die "$base cannot make environments; on Debian: apt-get install python3-venv"
+    fi
   fi
   start=$SECONDS
   echo "installing xmcdist[$1] into $venv: some minutes, once"

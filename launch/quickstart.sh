@@ -24,9 +24,10 @@ export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}" PYTHONUNBUFFERE
 if ((processes == 1)); then
   exec "$venv/bin/python" -m xmcdist train "${settings[@]}" "$@"
 fi
-# `accelerate launch --cpu` would start one process and not say so; the variable starts them all over gloo.
+# This is `accelerate launch`, which with --cpu would start one process and
+# not say so; the variable starts them all over gloo.
 ((gpus > 0)) || export ACCELERATE_USE_CPU=true
 port="$("$venv/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
-exec "$venv/bin/accelerate" launch --multi_gpu --num_processes "$processes" --num_machines 1 \
+exec "$venv/bin/python" -m accelerate.commands.launch --multi_gpu --num_processes "$processes" --num_machines 1 \
   --mixed_precision no --dynamo_backend no --main_process_ip 127.0.0.1 --main_process_port "$port" \
   -m xmcdist train "${settings[@]}" "$@"

@@ -13,9 +13,9 @@ export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$root/build/torch_extension
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" NUMBA_NUM_THREADS="${NUMBA_NUM_THREADS:-2}" TOKENIZERS_PARALLELISM=false
 
 step() { echo "== $*"; "$@"; }
-step ruff check .
-step ruff format --check .
-step mypy
+step python -m ruff check .
+step python -m ruff format --check .
+step python -m mypy
 if command -v shellcheck >/dev/null 2>&1; then
   step shellcheck -x launch/*.sh slurm/*.sbatch .ci/run
 fi

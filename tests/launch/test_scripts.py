@@ -103,6 +103,25 @@ def test_old_python_is_refused_with_a_remedy(checkout: Path) -> None:
     assert not (checkout / ".venv").exists()
 
 
+def test_a_folder_that_is_no_environment_is_left_alone(checkout: Path) -> None:
+    (checkout / "home").mkdir()
+    (checkout / "home" / "letter.txt").write_text("dear", encoding="utf-8")
+    done, calls = use_venv(checkout, "dev", XMCDIST_VENV=str(checkout / "home"))
+    assert done.returncode == 1
+    assert "is no Python environment" in done.stderr
+    assert calls == []
+    assert (checkout / "home" / "letter.txt").exists()
+
+
+def test_half_an_environment_is_not_kept(checkout: Path) -> None:
+    python = checkout / "python"
+    python.write_text(python.read_text(encoding="utf-8").replace("esac", "esac\n[[ $* != *venv* ]]"), encoding="utf-8")
+    done, _ = use_venv(checkout, "dev")
+    assert done.returncode == 1
+    assert "python3-venv" in done.stderr
+    assert not (checkout / ".venv").exists()
+
+
 def test_ci_runs_the_tests() -> None:
     assert "launch/test.sh" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
