@@ -20,7 +20,7 @@ from xmcdist.features.tfidf import Tfidf
 from xmcdist.inference.beam import beam_search, top_k_arrays
 from xmcdist.rankers.model import LinearTree
 from xmcdist.sparse.csr import as_csr, unit_rows
-from xmcdist.sparse.features import Features
+from xmcdist.sparse.features import Features, unit_vectors
 
 if TYPE_CHECKING:
     from xmcdist.encoders.embed import TextEmbedder
@@ -157,5 +157,5 @@ class Predictor:
             if sparse.shape[1] != self.rankers.num_sparse:
                 raise UserError(f"features have {sparse.shape[1]} columns; the model has {self.rankers.num_sparse}")
         if self.embedder is not None and self.rankers.num_dense:
-            dense = self.embedder(list(texts or []))
+            dense = unit_vectors(self.embedder(list(texts or [])))
         return Features(sparse=sparse, dense=dense)

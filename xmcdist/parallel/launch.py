@@ -75,6 +75,8 @@ def setup(*, use_gpu: bool = True, timeout_s: int = 1800) -> World:
             f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} here): "
             f"lower --num_processes, or set engine=cpu"
         )
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed warns that it found nothing better
     if cuda:
         torch.cuda.set_device(local_rank)
     if world_size > 1 and not dist.is_initialized():

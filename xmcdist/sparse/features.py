@@ -9,7 +9,7 @@ import scipy.sparse as sp
 
 from xmcdist.sparse.csr import row_slice
 
-__all__ = ["Features"]
+__all__ = ["Features", "unit_vectors"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,3 +67,10 @@ class Features:
             None if self.sparse is None else self.sparse[ids],
             None if self.dense is None else np.asarray(self.dense[ids]),
         )
+
+
+def unit_vectors(x: np.ndarray) -> np.ndarray:
+    """Dense rows scaled to l2 length 1 in float32 ``[n, d]``; a zero row stays zero."""
+    norm = np.sqrt(np.square(x, dtype=np.float64).sum(axis=1, keepdims=True))
+    scaled: np.ndarray = np.divide(x, norm, out=np.zeros(x.shape, dtype=np.float64), where=norm > 0)
+    return scaled.astype(np.float32)

@@ -1,0 +1,276 @@
+"""The matcher, coarse to fine: each level starts from the one above and is a stage of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from xmcdist.checkpoint.parts import write_csr, write_rows
+from xmcdist.checkpoint.train_state import latest, load_state, save_state
+from xmcdist.config.errors import UserError
+from xmcdist.data.batches import GlobalBatches
+from xmcdist.data.tokens import TokenShards, write_tokens
+from xmcdist.encoders.embed import embed
+from xmcdist.encoders.hf import Encoder, encode_fn, encoder_fingerprint, load_encoder, load_tokenizer
+from xmcdist.encoders.tokenizer import open_tokenizer
+from xmcdist.matchers.candidates import CandidateSource
+from xmcdist.matchers.head import ShardedHead
+from xmcdist.matchers.predict import level_beam
+from xmcdist.negatives.schemes import active_parents
+from xmcdist.parallel.collectives import all_reduce
+from xmcdist.parallel.shards import LabelShard
+from xmcdist.pipelines.levels import per_level, root_rows
+from xmcdist.pipelines.run import Run
+from xmcdist.rankers.solver import SolverParams, solve_level
+from xmcdist.sparse.features import Features, unit_vectors
+from xmcdist.sparse.store import open_csr
+from xmcdist.training.engine import Engine
+from xmcdist.training.loop import LevelTask, train_level
+from xmcdist.trees.label_tree import LabelTree
+
+__all__ = ["match_stages"]
+
+
+def match_stages(run: Run, tree_folder: Path) -> Path:
+    """Tokens, then every level up to ``matcher.max_clusters`` nodes, then all embeddings.
+
+    Returns:
+        The committed ``embed`` stage: ``E.trn.npy`` and ``E.tst.npy`` (unit rows ``[N, d]``
+        float32) and ``encoder/``.
+    """
+    tree = LabelTree.load(tree_folder / "tree")
+    levels = [t for t in range(1, tree.depth + 1) if tree.level_size(t) <= run.cfg.matcher.max_clusters]
+    if not levels:
+        raise UserError(
+            f"matcher.max_clusters={run.cfg.matcher.max_clusters} is below the {tree.level_size(1)} nodes of the first "
+            "level, so there is nothing to fine-tune: raise it, or lower tree.nr_splits"
+        )
+    smallest = min(tree.level_size(t) for t in levels)
+    if smallest < run.world.world_size:
+        raise UserError(
+            f"the first level's {smallest} nodes cannot be shared out over {run.world.world_size} processes: "
+            f"start fewer, or raise tree.min_codes"
+        )
+    tokens = _tokens_stage(run)
+    engine = Engine(run.cfg.engine, run.world)
+    above: Path | None = None
+    for t in levels:
+        above = _Level(run, engine, tree, tree_folder, tokens, t, above).stage()
+    if above is None:
+        raise AssertionError("levels is not empty")
+    return _embed_stage(run, engine, tokens, above, levels[-1])
+
+
+def _tokens_stage(run: Run) -> Path:
+    cfg = run.cfg.encoder
+    made_of = {"tokenizer": encoder_fingerprint(cfg), "max_length": cfg.max_length}
+
+    def body(folder: Path) -> None:
+        if run.world.is_main:
+            load_tokenizer(cfg, run.data.texts("trn").iterate()).save_pretrained(folder / "tokenizer")
+        run.world.barrier()
+        tokenizer = open_tokenizer(folder / "tokenizer")
+        encode = encode_fn(tokenizer, cfg.max_length)
+        pad = int(tokenizer.pad_token_id)
+        for split in ("trn", "tst") if run.data.has_test else ("trn",):
+            texts, name = run.data.texts(split), f"tokens.{split}"
+            mark = f"{run.data.fingerprint}-{made_of}"
+            write_tokens(folder / name, texts, encode, pad_id=pad, fingerprint=mark, world=run.world)
+
+    return run.stages.run("tokens", run.inputs(made_of=made_of), body)
+
+
+@dataclass
+class _Level:
+    """One level's stage; also what the training loop reports to."""
+
+    run: Run
+    engine: Engine
+    tree: LabelTree
+    tree_folder: Path
+    tokens_folder: Path
+    t: int
+    above: Path | None  # the stage of the level before
+
+    def stage(self) -> Path:
+        run, before = self.run, f"match-{self.t - 1}" if self.t > 1 else "tokens"
+        inputs = run.inputs(
+            "encoder", "matcher", "negatives", "optimizer", "schedule", "engine", "seed", after=("tree", before)
+        )
+        return run.stages.run(f"match-{self.t}", inputs | {"level": self.t}, self.body)
+
+    def body(self, folder: Path) -> None:
+        run, cfg, t = self.run, self.run.cfg, self.t
+        self.folder, self.child_ptr = folder, self.tree.child_ptr[t - 1]
+        self.tokens = TokenShards.open(self.tokens_folder / "tokens.trn")
+        self.Y = open_csr(self.tree_folder / f"Y.level-{t}")
+        M = self._matching()
+        encoder = load_encoder(cfg.encoder, cfg.seed) if self.above is None else Encoder.load(self.above / "encoder")
+        encoder = _restore_switches(encoder, run)
+        self.shard = LabelShard(run.world.rank, run.world.world_size, self.tree.level_size(t))
+        head = ShardedHead(self.shard, encoder.dim, seed=cfg.seed, level=t, sparse=cfg.optimizer.head == "sparse_adam")
+        saved = latest(folder / "checkpoints", run.world)
+        if saved is None and self.above is not None:
+            self._bootstrap(head, M)
+        train_ids, self.validation_ids = self._split()
+        steps = per_level(cfg.matcher.steps, t)
+        negatives = int(np.diff(M.indptr).mean() * np.diff(self.child_ptr).mean())
+        run.log.say(
+            f"match-{t}: {self.tree.level_size(t)} nodes, about {negatives} candidates a document, {steps} steps of "
+            f"{cfg.engine.global_batch} documents"
+        )
+        resume = None
+        if saved is not None:
+            resume = load_state(saved, (self.shard.start, self.shard.stop))
+            run.log.say(f"match-{t}: going on at step {resume['step']}")
+        task = LevelTask(
+            level=t,
+            steps=steps,
+            seed=cfg.seed,
+            tokens=self.tokens,
+            batches=GlobalBatches(self.tokens.lengths[train_ids], cfg.engine.global_batch, cfg.seed + t),
+            document_ids=train_ids,
+            candidates=CandidateSource(
+                M, self.Y, self.child_ptr, max_active=cfg.negatives.max_active, seed=cfg.seed, level=t
+            ),
+            matcher=cfg.matcher,
+            optimizer=cfg.optimizer,
+            schedule=cfg.schedule,
+            log_every=cfg.tracker.log_every,
+            save_every=cfg.checkpoint.every_steps,
+        )
+        with run.log.progress(f"level {t}", steps) as self.tick:
+            result = train_level(self.engine, encoder, head, task, self, resume)
+        if result.stopped_early:
+            run.log.say(f"match-{t}: validation stopped it after {result.steps} of {steps} steps")
+        self._finish(encoder, head)
+
+    def _matching(self) -> sp.csr_matrix:
+        """M [N, K_{t-1}], worked out by row ranges, memory-mapped."""
+        run, t = self.run, self.t
+        start, stop = run.own(run.data.num_docs("trn"))
+        part = root_rows(stop - start)
+        if self.above is not None:
+            true = open_csr(self.tree_folder / f"Y.level-{t - 1}")[start:stop]
+            part = active_parents(run.cfg.negatives.scheme, true, open_csr(self.above / "P")[start:stop])
+        write_csr(self.folder / "M", part, run.world)
+        return open_csr(self.folder / "M")
+
+    def _bootstrap(self, head: ShardedHead, M: sp.csr_matrix) -> None:
+        """Start this level's rows from the level above: its embeddings, or its rows."""
+        cfg, above = self.run.cfg.matcher, self.above
+        if above is None or cfg.bootstrap == "none":
+            return
+        nodes = (self.shard.start, self.shard.stop)
+        if cfg.bootstrap == "inherit":
+            parents = self.tree.parents(self.t)[nodes[0] : nodes[1]]
+            rows = np.load(above / "head.npy", mmap_mode="r", allow_pickle=False)
+            bias = np.load(above / "bias.npy", mmap_mode="r", allow_pickle=False)
+            head.load_rows(np.asarray(rows[parents]), np.asarray(bias[parents]))
+            return
+        features = Features(sparse=None, dense=np.load(above / "E.npy", mmap_mode="r", allow_pickle=False))
+        params = SolverParams(Cp=cfg.bootstrap_c, Cn=cfg.bootstrap_c, threshold=0.0, seed=self.run.cfg.seed)
+        relevance = self.Y if cfg.bootstrap == "weighted-linear" else None
+        weights = solve_level(features, self.Y, M, self.child_ptr, params, relevance, nodes=nodes)
+        head.load_rows(*weights.dense_rows())
+
+    def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Documents trained on and documents that say when to stop; the same split on every level."""
+        n, share = self.tokens.num_docs, self.run.cfg.matcher.validation_fraction
+        order = np.random.default_rng((self.run.cfg.seed, 7)).permutation(n)
+        held = min(max(int(n * share), 1), n - 1) if share else 0
+        return np.sort(order[held:]), np.sort(order[:held])
+
+    def _finish(self, encoder: Encoder, head: ShardedHead) -> None:
+        """Write encoder, head, embeddings of all training documents, and what the level retrieves."""
+        run = self.run
+        if run.world.is_main:
+            encoder.save(self.folder / "encoder", open_tokenizer(self.tokens_folder / "tokenizer"))
+        write_rows(self.folder / "head.npy", head.rows.detach().float().cpu().numpy(), run.world)
+        write_rows(self.folder / "bias.npy", head.bias.detach().float().cpu().numpy(), run.world)
+        start, stop = run.own(self.tokens.num_docs)
+        own = _embed(run, encoder, self.tokens, np.arange(start, stop))
+        write_rows(self.folder / "E.npy", own, run.world)
+        E = np.load(self.folder / "E.npy", mmap_mode="r", allow_pickle=False)
+        P = self._beam(E, head, np.arange(self.tokens.num_docs))
+        recall = _recall(P, self.Y)
+        run.log.metrics({"level": self.t, "beam_recall": recall})
+        run.log.say(f"match-{self.t}: its beam of {run.cfg.matcher.beam} holds {100 * recall:.1f} % of the true nodes")
+        write_csr(self.folder / "P", P[start:stop], run.world)
+
+    def _beam(self, E: NDArray[np.float32], head: ShardedHead, ids: NDArray[np.int64]) -> sp.csr_matrix:
+        parents = root_rows(len(ids)) if self.above is None else open_csr(self.above / "P")[ids]
+        cfg = self.run.cfg.matcher
+        return level_beam(E, head, parents, self.child_ptr, cfg.beam, sigmoid=cfg.loss == "bce")
+
+    # what the loop calls
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.tick(values["step"])
+        self.run.log.metrics(values)
+        self.run.log.say(
+            f"level {values['level']} step {values['step']}/{values['total']}  loss {values['loss']:.4f}  "
+            f"lr {values['lr']:.2e}  {values['docs_per_s']:.0f} docs/s  grad {values['grad_norm']:.2f}  "
+            f"{values['active_candidates']:.0f} candidates  waiting {values['data_wait_percent']:.0f} %  "
+            f"ETA {values['eta_s']:.0f} s"
+        )
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        rows = (self.shard.start, self.shard.stop)
+        save_state(self.folder / "checkpoints", step=step, rows=rows, world=self.run.world, **state)
+
+    def evaluate(self, encoder: Encoder, head: ShardedHead) -> float:
+        """Beam recall of this level on the held-out documents."""
+        ids, world = self.validation_ids, self.run.world
+        mine = ids[slice(*self.run.own(len(ids)))]
+        part = _embed(self.run, encoder, self.tokens, mine)
+        E = np.zeros((len(ids), part.shape[1]), dtype=np.float32)
+        E[slice(*self.run.own(len(ids)))] = part
+        E = all_reduce(torch.from_numpy(E).to(world.device)).cpu().numpy()
+        recall = _recall(self._beam(E, head, ids), self.Y[ids])
+        self.run.log.metrics({"level": self.t, "validation_beam_recall": recall})
+        return recall
+
+
+def _embed_stage(run: Run, engine: Engine, tokens_folder: Path, last: Path, level: int) -> Path:
+    """Unit embeddings of all documents by the finished encoder."""
+
+    def body(folder: Path) -> None:
+        encoder = Encoder.load(last / "encoder").to(engine.device)
+        for split in ("trn", "tst") if run.data.has_test else ("trn",):
+            tokens = TokenShards.open(tokens_folder / f"tokens.{split}")
+            start, stop = run.own(tokens.num_docs)
+            if split == "trn":
+                part = np.load(last / "E.npy", mmap_mode="r", allow_pickle=False)[start:stop]
+            else:
+                part = _embed(run, encoder, tokens, np.arange(start, stop))
+            write_rows(folder / f"E.{split}.npy", unit_vectors(part), run.world)
+        if run.world.is_main:
+            encoder.save(folder / "encoder", open_tokenizer(tokens_folder / "tokenizer"))
+
+    return run.stages.run("embed", run.inputs(after=("tokens", f"match-{level}")), body)
+
+
+def _embed(run: Run, encoder: Encoder, tokens: TokenShards, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    return embed(encoder, tokens, ids, device=run.world.device, precision=run.cfg.engine.precision)
+
+
+def _restore_switches(encoder: Encoder, run: Run) -> Encoder:
+    """Gradient checkpointing is no part of a saved model: switch it on again."""
+    if run.cfg.encoder.gradient_checkpointing:
+        encoder.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return encoder
+
+
+def _recall(P: sp.csr_matrix, Y: sp.csr_matrix) -> float:
+    """Share of true nodes that were retrieved."""
+    found, true = P.copy(), sp.csr_matrix(Y, copy=True)
+    found.data[:], true.data[:] = 1, 1
+    return float(found.multiply(true).sum() / max(true.nnz, 1))

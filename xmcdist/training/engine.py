@@ -1,0 +1,103 @@
+"""The data-parallel engine behind few verbs, on Accelerate.
+
+The encoder goes through Accelerate (DDP here); the label-sharded head never does: its rows
+live on their owners and no gradient of them crosses ranks.  What Accelerate would otherwise
+get silently wrong is an error at start-up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xmcdist.config.errors import UserError
+from xmcdist.config.schema import EngineConfig
+from xmcdist.parallel.collectives import all_reduce
+from xmcdist.parallel.launch import World
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Prepares the encoder, runs backward, clips by one norm over encoder and all head shards."""
+
+    def __init__(self, cfg: EngineConfig, world: World) -> None:
+        """Attach Accelerate to the process group that `xmcdist.parallel.launch.setup` started.
+
+        Raises:
+            UserError: Accelerate sees another number of processes or another kind of job.
+        """
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedType
+
+        self.cfg, self.world = cfg, world
+        self.device = torch.device(world.device)
+        self.accelerator = Accelerator(cpu=world.device_type == "cpu", mixed_precision="no")
+        wanted = {
+            ("cpu", False): DistributedType.NO,
+            ("cuda", False): DistributedType.NO,
+            ("cpu", True): DistributedType.MULTI_CPU,
+            ("cuda", True): DistributedType.MULTI_GPU,
+        }[world.device_type, world.world_size > 1]
+        seen = (self.accelerator.num_processes, self.accelerator.distributed_type)
+        if seen != (world.world_size, wanted):
+            raise UserError(
+                f"accelerate runs {seen[0]} process(es) as {seen[1].value}, but this job has {world.world_size} as "
+                f"{wanted.value}: on a CPU start it with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
+                "--num_processes N (--cpu alone starts one process and says nothing)"
+            )
+
+    def prepare(self, encoder: nn.Module) -> nn.Module:
+        """The encoder wrapped for data parallelism, on its device."""
+        module: nn.Module = self.accelerator.prepare_model(encoder.to(self.device))
+        return module
+
+    def unwrap(self, encoder: nn.Module) -> nn.Module:
+        """The plain encoder under the wrapping."""
+        module: nn.Module = self.accelerator.unwrap_model(encoder)
+        return module
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 arithmetic for the encoder when asked for; weights stay fp32."""
+        if self.cfg.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def accumulate(self, encoder: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Reduce encoder gradients over ranks only in the last micro-step."""
+        return nullcontext() if last else self.accelerator.no_sync(encoder)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of this rank's part of the loss."""
+        self.accelerator.backward(loss)
+
+    def clip(self, encoder: Iterable[Tensor], head: Iterable[Tensor], limit: float) -> float:
+        """Scale all gradients so that their common norm is at most ``limit``; collective.
+
+        Args:
+            encoder: parameters whose gradients are equal on every rank.
+            head: this rank's rows; their squares are added up over ranks.
+            limit: 0 only measures.
+
+        Returns:
+            The norm before clipping, equal on every rank.
+        """
+        encoder_grads = [p.grad for p in encoder if p.grad is not None]
+        head_grads = [p.grad for p in head if p.grad is not None]
+        own = sum((_square(g) for g in head_grads), torch.zeros((), dtype=torch.float64, device=self.device))
+        shared = sum((_square(g) for g in encoder_grads), torch.zeros((), dtype=torch.float64, device=self.device))
+        norm = math.sqrt(float(all_reduce(own)) + float(shared))
+        if limit and norm > limit:
+            for g in (*encoder_grads, *head_grads):
+                (g._values() if g.is_sparse else g).mul_(limit / (norm + 1e-6))
+        return norm
+
+
+def _square(g: Tensor) -> Tensor:
+    values = g.coalesce().values() if g.is_sparse else g
+    return values.double().square().sum()
