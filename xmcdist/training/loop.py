@@ -191,7 +191,8 @@ def _step(
     for start in starts:
         docs = ids[start : start + per_micro]
         mine = local(docs, world.rank, world.world_size)
-        candidates = task.candidates.batch(docs, state.step, state.head.shard)
+        shard = state.head.shard
+        candidates = task.candidates.of(docs, state.step).restrict(shard.start, shard.stop)
         window.add(len(docs), int(candidates.counts.sum()), time.perf_counter() - started)
         with engine.accumulate(wrapped, last=start == starts[-1]):
             with engine.autocast():
@@ -228,7 +229,7 @@ def _loss(head: ShardedHead, embedding: Tensor, candidates: Candidates, cfg: Mat
     def tensor(a: NDArray[Any]) -> Tensor:
         return torch.from_numpy(a).to(embedding.device)
 
-    doc, node, value = tensor(candidates.doc), tensor(candidates.node), tensor(candidates.value)
+    doc, node, value = tensor(candidates.doc()), tensor(candidates.node), tensor(candidates.value)
     scores = head.score(embedding, doc, node, cfg.scoring)
     loss = ragged_loss(cfg.loss, scores, value, doc, tensor(candidates.counts), documents)
     # A rank without a candidate has no path to the encoder otherwise.
