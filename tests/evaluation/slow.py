@@ -12,8 +12,8 @@ def propensity_weights(frequency: list[int], n: int, a: float, b: float) -> list
 
 def bands(frequency: list[int], head_share: float, tail_below: int) -> list[str]:
     by_count = sorted(range(len(frequency)), key=lambda label: (-frequency[label], label))
-    head = set(by_count[: max(round(head_share * len(frequency)), 1)])
-    return ["tail" if f < tail_below else "head" if label in head else "torso" for label, f in enumerate(frequency)]
+    head = set(by_count[: round(head_share * len(frequency))])
+    return ["head" if label in head else "tail" if f < tail_below else "torso" for label, f in enumerate(frequency)]
 
 
 def reference(
@@ -32,12 +32,12 @@ def reference(
     weight = propensity_weights(frequency, n, a, b)
     band = bands(frequency, head_share, tail_below)
     pairs = [(p, t) for p, t in zip(predicted, truth, strict=True) if t]
-    out: dict[str, float] = {}
+    out = {"documents": float(len(pairs)), "documents_without_labels": float(len(truth) - len(pairs))}
     for k in ks:
         precision, recall, ndcg = [], [], []
         psp, psp_best, psn, psn_best = [], [], [], []
         found = dict.fromkeys(("head", "torso", "tail"), 0)
-        there = dict.fromkeys(("head", "torso", "tail"), 0)
+        recalls: dict[str, list[float]] = {name: [] for name in found}
         for p, t in pairs:
             hit = [(j, label) for j, label in enumerate(p[:k], start=1) if label in t]
             best = sorted((weight[label] for label in t), reverse=True)[:k]
@@ -51,8 +51,10 @@ def reference(
             psn_best.append(sum(w / math.log2(j + 1) for j, w in enumerate(best, start=1)) / norm)
             for _, label in hit:
                 found[band[label]] += 1
-            for label in t:
-                there[band[label]] += 1
+            for name, shares in recalls.items():
+                mine = {label for label in t if band[label] == name}
+                if mine:
+                    shares.append(len(mine & set(p[:k])) / len(mine))
         out[f"P@{k}"] = 100 * sum(precision) / len(pairs)
         out[f"R@{k}"] = 100 * sum(recall) / len(pairs)
         out[f"nDCG@{k}"] = 100 * sum(ndcg) / len(pairs)
@@ -60,6 +62,6 @@ def reference(
         out[f"PSnDCG@{k}"] = 100 * sum(psn) / sum(psn_best)
         for name in found:
             out[f"{name}/P@{k}"] = 100 * found[name] / (k * len(pairs))
-            if there[name]:
-                out[f"{name}/R@{k}"] = 100 * found[name] / there[name]
+            if recalls[name]:
+                out[f"{name}/R@{k}"] = 100 * sum(recalls[name]) / len(recalls[name])
     return out

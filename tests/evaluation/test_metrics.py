@@ -124,7 +124,7 @@ def test_bands_of_label_with_ties() -> None:
     # Of the three labels with 9 documents the two with the smaller ids are the head.
     assert got == ["torso", "head", "head", "torso", "tail", "tail", "torso", "torso", "tail", "tail"]
     assert got == bands(frequency.tolist(), 0.2, 4)
-    assert [BANDS[b] for b in label_bands(np.array([2, 1]), 0.5, 6)] == ["tail", "tail"]  # tail comes before head
+    assert [BANDS[b] for b in label_bands(np.array([1, 2]), 0.5, 6)] == ["tail", "head"]  # head comes before tail
 
 
 def test_bands_sum_to_the_whole() -> None:
@@ -143,12 +143,12 @@ def test_documents_without_labels_are_skipped_and_counted() -> None:
     every, some = _sums(frequency), _sums(frequency)
     every.update(labels, Y)
     some.update(labels[with_labels], Y[with_labels])
-    assert every.result() == some.result()
+    assert every.result() == {**some.result(), "documents_without_labels": float((~with_labels).sum())}
     assert (every.documents, every.skipped) == (int(with_labels.sum()), int((~with_labels).sum()))
     nothing = _sums(frequency)
     nothing.update(labels[:0], Y[:0])
     nothing.update(labels[~with_labels], Y[~with_labels])
-    assert nothing.result() == {}
+    assert nothing.result() == {"documents": 0.0, "documents_without_labels": float((~with_labels).sum())}
 
 
 def test_truth_in_any_form_is_read_and_left_alone() -> None:

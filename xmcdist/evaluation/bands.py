@@ -13,9 +13,9 @@ BANDS = ("head", "torso", "tail")
 def label_bands(frequency: npt.NDArray[np.int64], head_share: float, tail_below: int) -> npt.NDArray[np.int8]:
     """Band of every label as its index in `BANDS`, ``[L]``.
 
-    * tail: fewer than ``tail_below`` training documents.
-    * head: among the ``round(head_share * L)`` labels (at least one) with the most training
-      documents, ties to the smaller label id, and not tail.
+    * head: the ``round(head_share * L)`` labels with the most training documents, ties to
+      the smaller label id.
+    * tail: labels outside the head with fewer than ``tail_below`` training documents.
     * torso: the others.
 
     Args:
@@ -23,8 +23,7 @@ def label_bands(frequency: npt.NDArray[np.int64], head_share: float, tail_below:
         head_share: share of the number of labels, not of their documents.
         tail_below: training documents; 0 makes no label tail.
     """
-    band = np.full(frequency.size, BANDS.index("torso"), dtype=np.int8)
+    band = np.where(frequency < tail_below, BANDS.index("tail"), BANDS.index("torso")).astype(np.int8)
     most_frequent = np.argsort(-frequency, kind="stable")
-    band[most_frequent[: max(round(head_share * frequency.size), 1)]] = BANDS.index("head")
-    band[frequency < tail_below] = BANDS.index("tail")
+    band[most_frequent[: round(head_share * frequency.size)]] = BANDS.index("head")
     return band

@@ -44,11 +44,10 @@ class MetricSums:
       C(min(k, |y|)) above and below.
     * ``band/P@k``: P@k that counts only hits of the band's labels; the bands of
       `label_bands` sum to P@k.
-    * ``band/R@k``: share of all the band's (document, true label) pairs that are within
-      the first k: pooled over documents, since most have no label of a small band.
+    * ``band/R@k``: R@k of the band's labels alone, mean over the documents that have any.
 
     Documents without true labels are skipped: no ranking of them is right or wrong.  They
-    are counted in `skipped` and are in no mean.
+    are in no mean, and counted as ``documents_without_labels``.
 
     Source: Jain et al., KDD 2016, for propensities; normalisations as in pyxclib
     (github.com/kunaldahiya/pyxclib).
@@ -92,7 +91,8 @@ class MetricSums:
         self._at = np.asarray(self.ks) - 1
         self._documents = np.zeros(2, dtype=np.int64)  # counted, skipped
         self._band_hits = np.zeros((len(BANDS), len(self.ks)), dtype=np.int64)
-        self._band_positives = np.zeros(len(BANDS), dtype=np.int64)
+        self._band_documents = np.zeros(len(BANDS), dtype=np.int64)  # with true labels of the band
+        self._band_recall = np.zeros((len(BANDS), len(self.ks)))
         self._sums = np.zeros((len(_MEANS), len(self.ks)))
 
     @property
@@ -123,14 +123,21 @@ class MetricSums:
         counted = counts > 0
         self._documents += [np.count_nonzero(counted), np.count_nonzero(~counted)]
         hits = mark_hits(ranked, rows, columns, self.num_labels)
-        # An empty slot has id -1 and reads the last label's band and weight, but is never a hit.
-        self._band_positives += np.bincount(self._band[columns], minlength=len(BANDS))
         for band in range(len(BANDS)):
-            in_band = hits & (self._band[ranked] == band)
-            self._band_hits[band] += np.cumsum(in_band.sum(axis=0))[self._at]
+            self._add_band(band, hits & (self._band[ranked] == band), rows[self._band[columns] == band])
+        # An empty slot has id -1 and reads the last label's band and weight, but is never a hit.
         weighted = np.where(hits, self._weight[ranked], 0.0)[counted]
         oracle = oracle_weights(rows, self._weight[columns], Y.shape[0], self.ks[-1])[counted]
         self._add_means(hits[counted].astype(np.float64), weighted, oracle, counts[counted])
+
+    def _add_band(self, band: int, hits: npt.NDArray[np.bool_], rows: npt.NDArray[np.int64]) -> None:
+        """Add the hits ``[n, max(ks)]`` of a band's labels; ``rows`` are the documents of its positives."""
+        counts = np.bincount(rows, minlength=hits.shape[0])
+        some = counts > 0
+        found = np.cumsum(hits[some], axis=1)[:, self._at]  # a document without positives has no hit
+        self._band_hits[band] += found.sum(axis=0)
+        self._band_recall[band] += (found / counts[some, None]).sum(axis=0)
+        self._band_documents[band] += np.count_nonzero(some)
 
     def _add_means(
         self,
@@ -179,27 +186,22 @@ class MetricSums:
         """Add every rank's sums, so that all ranks hold the total; collective.  Call it once, after all updates."""
         if world.world_size == 1:
             return
-        import torch
+        from xmcdist.parallel.collectives import all_reduce_array
 
-        from xmcdist.parallel.collectives import all_reduce
-
-        shapes = self._documents, self._band_hits, self._band_positives
-        counts = all_reduce(torch.from_numpy(np.concatenate([x.ravel() for x in shapes]))).numpy()
-        ends = np.cumsum([x.size for x in shapes])
-        for mine, total in zip(shapes, np.split(counts, ends[:-1]), strict=True):
-            mine[...] = total.reshape(mine.shape)
-        self._sums[...] = all_reduce(torch.from_numpy(self._sums)).numpy()
+        for sums in (self._documents, self._band_hits, self._band_documents, self._band_recall, self._sums):
+            sums[...] = all_reduce_array(sums)
 
     def result(self) -> dict[str, float]:
         """Percent by key: ``"P@1"``, ``"nDCG@3"``, ``"PSP@5"``, ``"PSnDCG@5"``, ``"R@10"``, ``"tail/P@5"``, ...
 
-        What has no value has no key: everything when no document was counted, and
+        Also two plain numbers, ``documents`` and ``documents_without_labels``.  A metric
+        without a value has no key: all of them when no document was counted, and
         ``band/R@k`` of a band without true labels.
         """
+        out = {"documents": float(self.documents), "documents_without_labels": float(self.skipped)}
         if not self.documents:
-            return {}
+            return out
         means = dict(zip(_MEANS, self._sums / self.documents, strict=True))
-        out: dict[str, float] = {}
         for i, k in enumerate(self.ks):
             slots = self.documents * k
             out[f"P@{k}"] = 100.0 * int(self._band_hits[:, i].sum()) / slots
@@ -209,6 +211,6 @@ class MetricSums:
                 out[f"{name}@{k}"] = 100.0 * float(means[name][i] / means[f"{name} oracle"][i])
             for b, band in enumerate(BANDS):
                 out[f"{band}/P@{k}"] = 100.0 * int(self._band_hits[b, i]) / slots
-                if self._band_positives[b]:
-                    out[f"{band}/R@{k}"] = 100.0 * int(self._band_hits[b, i]) / int(self._band_positives[b])
+                if self._band_documents[b]:
+                    out[f"{band}/R@{k}"] = 100.0 * float(self._band_recall[b, i]) / int(self._band_documents[b])
         return out
