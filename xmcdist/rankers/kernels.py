@@ -221,8 +221,7 @@ def solve_nodes(
 
     Documents ``[n, F]`` come from `compact_rows`; ``by_feature [F]`` lists local columns by global id.
     Every node trains on the documents ``shared`` and on its positives, ``pos[pos_ptr[j]:pos_ptr[j+1]]``.
-    Gives kept weights per node ``[m]``, their feature ranks and values (node after node), dense
-    weights ``[m, d]`` and bias terms ``[m]``.
+    Gives kept weights per node, their feature ranks and values, dense weights and bias terms.
     """
     n, features, m = norms.size, by_feature.size, pos_ptr.size - 1
     w, wd, alpha = np.zeros(features), np.zeros(dense.shape[1]), np.zeros(n)
