@@ -50,7 +50,7 @@ def test_one_seed_reaches_both_trees() -> None:
         ("engine.global_batch=many", r"'many' of type 'str' could not be converted to Integer"),
         ("dataset=custom", r"not set: dataset.path"),
         ("encoder=hf", r"encoder=hf needs encoder.name"),
-        ("+matcher.gamma=1", r"gamma"),
+        ("+matcher.beems=1", r"unknown setting 'matcher.beems'; did you mean 'matcher.beam'"),
     ],
 )
 def test_a_mistake_is_answered_with_the_nearest_valid_name(override: str, answer: str) -> None:

@@ -104,7 +104,10 @@ def to_object(composed: Any, world_size: int = 1) -> Any:
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError("not set: " + ", ".join(f"{m} (give {m}=...)" for m in missing))
-    cfg = OmegaConf.to_object(composed)
+    cfg: Any = OmegaConf.to_object(composed)
+    added = sorted(_keys(OmegaConf.to_container(composed, resolve=True)) - _keys(asdict(cfg)))
+    if added:
+        raise ConfigError("; ".join(f"unknown setting {name!r}{_nearest(name, sorted(_keys(asdict(cfg))))}" for name in added))
     if isinstance(cfg, schema.RunConfig):
         faults = check_run(cfg, world_size)
         if faults:
@@ -144,15 +147,17 @@ def _all_keys(config_name: str) -> list[str]:
         "tree_show": schema.TreeShowConfig,
     }
 
-    def walk(values: dict[str, Any], prefix: str) -> list[str]:
-        found: list[str] = []
-        for name, value in values.items():
-            found.append(prefix + name)
-            if isinstance(value, dict):
-                found += walk(value, f"{prefix}{name}.")
-        return found
+    return sorted(_keys(asdict(roots[config_name]())))
 
-    return walk(asdict(roots[config_name]()), "")
+
+def _keys(values: Any, prefix: str = "") -> set[str]:
+    """Dotted names of all settings in nested dictionaries."""
+    found: set[str] = set()
+    for name, value in values.items():
+        found.add(f"{prefix}{name}")
+        if isinstance(value, dict):
+            found |= _keys(value, f"{prefix}{name}.")
+    return found
 
 
 def _nearest(name: str, options: list[str]) -> str:

@@ -22,7 +22,7 @@ from xmcdist.encoders.hf import Encoder, encode_fn, encoder_fingerprint, load_en
 from xmcdist.encoders.tokenizer import open_tokenizer
 from xmcdist.matchers.candidates import CandidateSource
 from xmcdist.matchers.head import ShardedHead
-from xmcdist.matchers.predict import level_beam
+from xmcdist.matchers.predict import post_processor_of, predict_level
 from xmcdist.negatives.schemes import active_parents
 from xmcdist.parallel.collectives import all_reduce
 from xmcdist.parallel.shards import LabelShard
@@ -115,7 +115,7 @@ class _Level:
         encoder = load_encoder(cfg.encoder, cfg.seed) if self.above is None else Encoder.load(self.above / "encoder")
         encoder = _restore_switches(encoder, run)
         self.shard = LabelShard(run.world.rank, run.world.world_size, self.tree.level_size(t))
-        head = ShardedHead(self.shard, encoder.dim, seed=cfg.seed, level=t, sparse=cfg.optimizer.head == "sparse_adam")
+        head = ShardedHead(self.shard, encoder.dim, seed=cfg.seed, level=t)
         saved = latest(folder / "checkpoints", run.world)
         if saved is None and self.above is not None:
             self._bootstrap(head, M)
@@ -193,7 +193,7 @@ class _Level:
         run = self.run
         if run.world.is_main:
             encoder.save(self.folder / "encoder", open_tokenizer(self.tokens_folder / "tokenizer"))
-        write_rows(self.folder / "head.npy", head.rows.detach().float().cpu().numpy(), run.world)
+        write_rows(self.folder / "head.npy", head.weight.detach().float().cpu().numpy(), run.world)
         write_rows(self.folder / "bias.npy", head.bias.detach().float().cpu().numpy(), run.world)
         start, stop = run.own(self.tokens.num_docs)
         own = _embed(run, encoder, self.tokens, np.arange(start, stop))
@@ -206,9 +206,10 @@ class _Level:
         write_csr(self.folder / "P", P[start:stop], run.world)
 
     def _beam(self, E: NDArray[np.float32], head: ShardedHead, ids: NDArray[np.int64]) -> sp.csr_matrix:
-        parents = root_rows(len(ids)) if self.above is None else open_csr(self.above / "P")[ids]
+        parents = None if self.above is None else open_csr(self.above / "P")[ids]
         cfg = self.run.cfg.matcher
-        return level_beam(E, head, parents, self.child_ptr, cfg.beam, sigmoid=cfg.loss == "bce")
+        post = post_processor_of(cfg.loss)
+        return predict_level(E, head, parents, self.child_ptr, cfg.beam, post, self.run.world, scoring=cfg.scoring)
 
     # what the loop calls
 

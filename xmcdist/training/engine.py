@@ -89,15 +89,10 @@ class Engine:
         """
         encoder_grads = [p.grad for p in encoder if p.grad is not None]
         head_grads = [p.grad for p in head if p.grad is not None]
-        own = sum((_square(g) for g in head_grads), torch.zeros((), dtype=torch.float64, device=self.device))
-        shared = sum((_square(g) for g in encoder_grads), torch.zeros((), dtype=torch.float64, device=self.device))
+        own = sum((g.double().square().sum() for g in head_grads), torch.zeros((), dtype=torch.float64, device=self.device))
+        shared = sum((g.double().square().sum() for g in encoder_grads), torch.zeros((), dtype=torch.float64, device=self.device))
         norm = math.sqrt(float(all_reduce(own)) + float(shared))
         if limit and norm > limit:
             for g in (*encoder_grads, *head_grads):
-                (g._values() if g.is_sparse else g).mul_(limit / (norm + 1e-6))
+                g.mul_(limit / (norm + 1e-6))
         return norm
-
-
-def _square(g: Tensor) -> Tensor:
-    values = g.coalesce().values() if g.is_sparse else g
-    return values.double().square().sum()

@@ -87,10 +87,10 @@ class _State:
     best: float = -math.inf
     best_step: int = 0
     bad: int = 0  # evaluations since the best
-    best_weights: dict[str, Tensor] = field(default_factory=dict)  # "encoder.<name>", "head.rows", "head.bias"
+    best_weights: dict[str, Tensor] = field(default_factory=dict)  # "encoder.<name>", "head.weight", "head.bias"
 
     def capture(self) -> dict[str, Any]:
-        head = {"rows": self.head.rows.data, "bias": self.head.bias.data}
+        head = {"weight": self.head.weight.data, "bias": self.head.bias.data}
         head_moments = moments(self.head_optimizer, self.head)
         steps = {k: float(v) for k, v in head_moments.items() if k.endswith(".step")}
         head |= {k: v for k, v in head_moments.items() if not k.endswith(".step")}
@@ -109,7 +109,7 @@ class _State:
         load_moments(self.encoder_optimizer, self.encoder, saved["optimizer"])
         head = {k: v for k, v in saved["head"].items() if not k.startswith("best.")}
         extra = saved["extra"]
-        self.head.load_rows(head.pop("rows"), head.pop("bias"))
+        self.head.load_rows(head.pop("weight"), head.pop("bias"))
         head |= {k: torch.tensor([v]) for k, v in extra["head_steps"].items()}
         load_moments(self.head_optimizer, self.head, head)
         self.step, self.best = int(saved["step"]), float(extra["best"])
@@ -230,7 +230,7 @@ def _loss(head: ShardedHead, embedding: Tensor, candidates: Candidates, cfg: Mat
         return torch.from_numpy(a).to(embedding.device)
 
     doc, node, value = tensor(candidates.doc()), tensor(candidates.node), tensor(candidates.value)
-    scores = head.score(embedding, doc, node, cfg.scoring)
+    scores = head(embedding, doc, node, cfg.scoring)
     loss = ragged_loss(cfg.loss, scores, value, doc, tensor(candidates.counts), documents)
     # A rank without a candidate has no path to the encoder otherwise.
     return loss + 0.0 * embedding.sum()

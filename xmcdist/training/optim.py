@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from xmcdist.config.schema import OptimizerConfig
 
-__all__ = ["encoder_optimizer", "head_optimizer", "load_moments", "moments", "set_lr"]
+__all__ = ["RowAdam", "encoder_optimizer", "head_optimizer", "load_moments", "moments", "set_lr"]
 
 
 def encoder_optimizer(encoder: nn.Module, cfg: OptimizerConfig) -> torch.optim.Optimizer:
@@ -30,8 +30,44 @@ def head_optimizer(head: nn.Module, cfg: OptimizerConfig) -> torch.optim.Optimiz
     """AdamW over all owned rows, or Adam that moves only rows with a gradient."""
     lr = cfg.lr if cfg.head_lr is None else cfg.head_lr
     if cfg.head == "sparse_adam":
-        return torch.optim.SparseAdam(list(head.parameters()), lr=lr, eps=cfg.eps)
+        return RowAdam(list(head.parameters()), lr=lr, eps=cfg.eps)
     return torch.optim.AdamW(head.parameters(), lr=lr, eps=cfg.eps, weight_decay=cfg.weight_decay)
+
+
+class RowAdam(torch.optim.Optimizer):
+    """Adam that moves only the rows with a gradient; every row counts its own steps.
+
+    A cluster that was no candidate in a step keeps its row and its moments, where Adam
+    would let them drift and fade.  Source: Kingma & Ba, 2015; lazy as in PyTorch's SparseAdam,
+    but with the bias correction of each row's own number of steps.
+    """
+
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move the rows ``[n, d]`` (or entries ``[n]``) whose gradient is not all zero."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                moved = (p.grad != 0).reshape(len(p), -1).any(dim=1).nonzero()[:, 0]
+                state = self.state[p]
+                if not state:
+                    state["steps"] = torch.zeros(len(p), dtype=torch.float32, device=p.device)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                g = p.grad[moved]
+                state["steps"][moved] += 1
+                m = state["exp_avg"][moved].lerp_(g, 1 - beta1)
+                v = state["exp_avg_sq"][moved].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                state["exp_avg"][moved], state["exp_avg_sq"][moved] = m, v
+                steps = state["steps"][moved].reshape(-1, *[1] * (p.ndim - 1))
+                size = group["lr"] / (1 - beta1**steps)
+                p[moved] -= size * m / ((v / (1 - beta2**steps)).sqrt() + group["eps"])
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -60,8 +96,7 @@ def load_moments(optimizer: torch.optim.Optimizer, module: nn.Module, saved: dic
                 continue
             moment = key.rpartition(".")[2]
             if moment == "step":
-                is_tensor = not isinstance(optimizer, torch.optim.SparseAdam)
-                state[moment] = value.reshape(()).clone() if is_tensor else int(value.item())
+                state[moment] = value.reshape(()).clone()
             else:
                 state[moment] = value.to(p.device).clone()
         if state:
