@@ -168,9 +168,9 @@ def test_saved_encoder_gives_the_same_vectors(tmp_path: Path) -> None:
 def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EncoderError, match=r"encoder\.name=/no/such/place is no folder"):
         check_available(EncoderConfig(preset="hf", name="/no/such/place"))
-    with pytest.raises(EncoderError, match="config.json"):
+    with pytest.raises(EncoderError, match=r"config\.json"):
         check_available(EncoderConfig(preset="hf", name=str(tmp_path)))
-    with pytest.raises(EncoderError, match="needs encoder.name"):
+    with pytest.raises(EncoderError, match=r"needs encoder\.name"):
         check_available(EncoderConfig(preset="hf"))
     with pytest.raises(EncoderError, match="tiny"):
         load_tokenizer(TINY)
@@ -183,7 +183,7 @@ def test_a_model_id_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPa
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(EncoderError, match="nobody/nothing.*network"):
+    with pytest.raises(EncoderError, match=r"nobody/nothing.*network"):
         check_available(EncoderConfig(preset="hf", name="nobody/nothing"))
 
 

@@ -117,7 +117,8 @@ class Encoder(nn.Module):
             most = getattr(self.model.config, "max_position_embeddings", "unknown")
             raise EncoderError(
                 f"{type(self.model).__name__} cannot encode a document of encoder.max_length={self.max_length} tokens "
-                f"(its max_position_embeddings is {most}): {error}. Lower encoder.max_length, or take an encoder-only model"
+                f"(its max_position_embeddings is {most}): {error}. Lower encoder.max_length, or take an "
+                "encoder-only model"
             ) from error
 
     def save(self, folder: Path | str, tokenizer: Any) -> None:

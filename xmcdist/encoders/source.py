@@ -50,9 +50,7 @@ def resolve(cfg: EncoderConfig) -> str:
         return str(path)
     looks_like_path = path.is_absolute() or cfg.name.startswith((".", "~")) or cfg.name.count("/") > 1
     if looks_like_path or path.exists():
-        raise EncoderError(
-            f"encoder.name={cfg.name} is no folder: give the folder of a HuggingFace model, or a model id"
-        )
+        raise EncoderError(f"encoder.name={cfg.name} is no folder: give a HuggingFace model folder, or a model id")
     return cfg.name
 
 
@@ -100,7 +98,9 @@ def tell_unreachable(name: str, what: str) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' loading bars and reports of weights that are left out on purpose."""
-    from transformers.utils import logging
+    from transformers.utils import logging as hf_logging
+
+    logging: Any = hf_logging  # its functions have no types
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

@@ -75,7 +75,8 @@ def word_tokenizer(texts: Iterable[str]) -> Any:
     inner.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
     )
-    return PreTrainedTokenizerFast(
+    fast: Any = PreTrainedTokenizerFast
+    return fast(
         tokenizer_object=inner,
         pad_token="[PAD]",
         unk_token="[UNK]",

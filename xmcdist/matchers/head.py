@@ -1,104 +1,203 @@
-"""One row a node of a level, sharded: a rank holds, scores and updates only the rows it owns.
+"""The classifier over one level's clusters, its rows shared out over the ranks.
 
-Shapes: B documents of the global batch, d width, n rows owned, P candidate pairs.
+Rank r holds the rows of a contiguous range of nodes in tree order and nothing of the
+others; documents' vectors travel to the rows, never rows to documents.
+
+Letters: K nodes of the level, n rows owned, b documents, p pairs, d width, W ranks.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from xmcdist.matchers.pair_kernels import dot_pairs, spread_to_docs, spread_to_rows
+from xmcdist.parallel.collectives import all_gather_ragged, gather_objects
 from xmcdist.parallel.shards import LabelShard
 
-__all__ = ["ShardedHead"]
+__all__ = ["PAIR_COST", "SCORINGS", "ShardedHead", "score_pairs"]
 
-_BLOCK = 256  # rows drawn under one key
-_PAIR_CHUNK = 1 << 16  # pairs gathered at a time
-_PAIR_COST = 16
-"""A gathered pair costs about as much as so many entries of a matrix product of the same
-width: memory traffic of two rows against arithmetic at full speed."""
+SCORINGS = ("auto", "dense", "pairs")
+
+PAIR_COST = {"cpu": 4.0, "cuda": 32.0}
+"""Cost of one multiply-add of a gathered pair in those of a matrix product.
+
+CPU: between 0.4 and 6.8 on two EPYC cores, forward and backward, d = 384 and 768.  CUDA:
+assumed, from the ratio of arithmetic to memory speed; not measured.
+"""
+
+_INIT_STD = 0.02
+_INIT_ROWS = 256  # rows drawn from one key
+_GATHER_ROWS = 1024  # parent rows that each rank shows at once in `inherit`
+_CHUNK = 1 << 22  # gathered elements held at once without a compiled kernel
 
 
 class ShardedHead(nn.Module):
-    """Rows ``[n, d]`` and biases ``[n, 1]`` of one rank's range of nodes, in tree order."""
+    """Rows ``weight [n, d]`` and ``bias [n]`` of the nodes that a rank owns.
 
-    def __init__(self, shard: LabelShard, width: int, *, seed: int, level: int, sparse: bool = False) -> None:
-        """Draw rows from N(0, 0.02), the same values whatever the number of ranks.
+    Args:
+        shard: which nodes.
+        dim: width d.
+        seed: with ``level`` and the block of 256 rows, what initial values are drawn by, so
+            they do not depend on the number of ranks.
+        level: number of the level.
+    """
 
-        Args:
-            shard: the owned range of the level's nodes.
-            width: d.
-            seed, level: key of the draw.
-            sparse: gradients only for rows with a candidate, for an optimizer that moves only these.
-        """
+    def __init__(self, shard: LabelShard, dim: int, *, seed: int = 0, level: int = 1) -> None:
         super().__init__()
-        self.shard, self.sparse = shard, sparse
-        rows = np.empty((len(shard), width), dtype=np.float32)
-        for block in range(shard.start // _BLOCK, -(-shard.stop // _BLOCK)):
-            drawn = np.random.default_rng((seed, level, block)).standard_normal((_BLOCK, width), dtype=np.float32)
-            first, last = max(block * _BLOCK, shard.start), min((block + 1) * _BLOCK, shard.stop)
-            rows[first - shard.start : last - shard.start] = drawn[first - block * _BLOCK : last - block * _BLOCK]
-        self.rows = nn.Parameter(torch.from_numpy(rows * np.float32(0.02)))
-        self.bias = nn.Parameter(torch.zeros(len(shard), 1))
+        self.shard, self.dim = shard, dim
+        self.weight = nn.Parameter(torch.from_numpy(_initial_rows(shard.start, shard.stop, dim, seed, level)))
+        self.bias = nn.Parameter(torch.zeros(len(shard)))
 
-    def load_rows(self, rows: NDArray[np.float32] | Tensor, bias: NDArray[np.float32] | Tensor) -> None:
-        """Take these rows ``[n, d]`` and biases ``[n]`` or ``[n, 1]`` for the owned range."""
+    @property
+    def start(self) -> int:
+        """First node owned."""
+        return self.shard.start
+
+    @property
+    def stop(self) -> int:
+        """The node after the last one owned."""
+        return self.shard.stop
+
+    def load_rows(self, weight: Any, bias: Any) -> None:
+        """Take the owned rows from arrays ``[n, d]`` and ``[n]``, such as a bootstrap's.
+
+        Raises:
+            ValueError: another shape.
+        """
+        W, b = (torch.from_numpy(np.array(x, dtype=np.float32)) for x in (weight, bias))  # copies: may be a map
+        if W.shape != self.weight.shape or b.shape != self.bias.shape:
+            raise ValueError(
+                f"rows {list(W.shape)} and biases {list(b.shape)} given to a head that owns "
+                f"{list(self.weight.shape)} (nodes {self.start} to {self.stop})"
+            )
         with torch.no_grad():
-            self.rows.copy_(torch.as_tensor(np.array(rows) if isinstance(rows, np.ndarray) else rows))
-            b = torch.as_tensor(np.array(bias) if isinstance(bias, np.ndarray) else bias)
-            self.bias.copy_(b.reshape(-1, 1))
+            self.weight.copy_(W)
+            self.bias.copy_(b)
 
-    def score(self, embedding: Tensor, doc: Tensor, node: Tensor, scoring: str = "auto") -> Tensor:
-        """Scores of candidate pairs.
+    def inherit(self, above: ShardedHead, parents: NDArray[np.int64]) -> None:
+        """Start every row as its parent's in the head of the level above; collective.
 
         Args:
-            embedding: ``[B, d]``.
-            doc: row of ``embedding`` of each pair, int64 ``[P]``.
-            node: owned row of each pair, int64 ``[P]``.
-            scoring: ``dense`` multiplies all documents with all rows that occur and picks the
-                pairs, ``pairs`` gathers both sides of each pair, ``auto`` takes the cheaper.
+            above: head of the level above, shared out over the same ranks.
+            parents: int64 ``[K]``, node of the level above for each node of this one, rising.
 
-        Returns:
-            ``[P]`` float32.
+        Cost: every rank sees all K_above rows once, W * 1024 of them at a time.
         """
-        rows: Tensor = self.rows
-        bias: Tensor = self.bias
-        if self.sparse:
-            used, node = torch.unique(node, return_inverse=True)
-            rows = nn.functional.embedding(used, rows, sparse=True)
-            bias = nn.functional.embedding(used, bias, sparse=True)
-        embedding = embedding.float()
-        if scoring == "auto":
-            scoring = "dense" if embedding.shape[0] * rows.shape[0] <= _PAIR_COST * max(node.numel(), 1) else "pairs"
-        if scoring == "dense":
-            return (embedding @ rows.t() + bias.reshape(1, -1))[doc, node]
-        apply = cast(Any, _PairScores.apply)
-        return cast(Tensor, apply(embedding, rows, doc, node)) + bias.reshape(-1)[node]
+        mine = np.asarray(parents, dtype=np.int64)[self.start : self.stop]
+        rows = torch.cat([above.weight.detach(), above.bias.detach().unsqueeze(1)], dim=1)
+        ranges = gather_objects((above.start, above.stop))
+        longest = max(stop - start for start, stop in ranges)
+        new = torch.empty(len(mine), self.dim + 1, dtype=rows.dtype, device=rows.device)
+        for at in range(0, longest, _GATHER_ROWS):
+            parts = all_gather_ragged(rows[at : at + _GATHER_ROWS].contiguous())
+            for (start, _), part in zip(ranges, parts, strict=True):
+                first, last = np.searchsorted(mine, [start + at, start + at + len(part)])
+                wanted = torch.from_numpy(mine[first:last] - start - at).to(part.device)
+                new[first:last] = part[wanted]
+        with torch.no_grad():
+            self.weight.copy_(new[:, :-1])
+            self.bias.copy_(new[:, -1])
+
+    def forward(self, E: Tensor, doc: Tensor, row: Tensor, scoring: str = "auto") -> Tensor:
+        """`score_pairs` with the owned rows."""
+        return score_pairs(E, self.weight, self.bias, doc, row, scoring)
 
 
-class _PairScores(torch.autograd.Function):
-    """Row-wise dot products of gathered rows, in chunks: never ``[P, d]`` at once, forward or backward."""
+def score_pairs(E: Tensor, weight: Tensor, bias: Tensor, doc: Tensor, row: Tensor, scoring: str = "auto") -> Tensor:
+    """``E[doc] . weight[row] + bias[row]`` of some pairs, differentiable in E, weight and bias.
+
+    Args:
+        E: document vectors ``[b, d]``.
+        weight: ``[n, d]``, of the dtype of E.
+        bias: ``[n]``.
+        doc: int64 ``[p]``.
+        row: int64 ``[p]``.
+        scoring: ``dense`` multiplies all b x n and picks, ``pairs`` gathers what is wanted,
+            ``auto`` takes the cheaper by `PAIR_COST`.  All give the same but for rounding.
+
+    Returns:
+        ``[p]``.
+
+    Raises:
+        ValueError: an unknown scoring.
+
+    Cost: dense b n d multiply-adds and 2 b n floats; pairs p d and p floats.
+    """
+    if scoring not in SCORINGS:
+        raise ValueError(f"matcher.scoring={scoring!r} is none of {', '.join(SCORINGS)}")
+    if len(row) == 0:  # keeps the graph: every rank must take part in the backward pass
+        return E[:0].sum(1) + weight[:0].sum() + bias[:0].sum()
+    if scoring == "auto":
+        cost = PAIR_COST.get(E.device.type, PAIR_COST["cuda"])
+        scoring = "pairs" if len(row) * cost < len(E) * len(weight) else "dense"
+    if scoring == "pairs":
+        dots: Tensor = _PairDots.apply(E, weight, doc, row)  # type: ignore[no-untyped-call]
+        return dots + bias[row]
+    return (E @ weight.T).view(-1).gather(0, doc * len(weight) + row) + bias[row]
+
+
+class _PairDots(torch.autograd.Function):
+    """Dot products of pairs, with memory for the pairs alone."""
 
     @staticmethod
-    def forward(ctx: Any, embedding: Tensor, rows: Tensor, doc: Tensor, node: Tensor) -> Tensor:
-        ctx.save_for_backward(embedding, rows, doc, node)
-        out = embedding.new_empty(doc.numel())
-        for i in range(0, doc.numel(), _PAIR_CHUNK):
-            chunk = slice(i, i + _PAIR_CHUNK)
-            out[chunk] = (embedding[doc[chunk]] * rows[node[chunk]]).sum(dim=1)
+    def forward(ctx: Any, E: Tensor, W: Tensor, doc: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(E, W, doc, row)
+        out = E.new_empty(len(row))
+        if _compiled(E):
+            dot_pairs(_array(E), _array(W), _array(doc), _array(row), _array(out))
+            return out
+        for part in _chunks(len(row), E.shape[1]):
+            out[part] = (E[doc[part]] * W[row[part]]).sum(1)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        embedding, rows, doc, node = ctx.saved_tensors
-        d_embedding, d_rows = torch.zeros_like(embedding), torch.zeros_like(rows)
-        for i in range(0, doc.numel(), _PAIR_CHUNK):
-            chunk = slice(i, i + _PAIR_CHUNK)
-            g = grads[0][chunk, None]
-            d_embedding.index_add_(0, doc[chunk], g * rows[node[chunk]])
-            d_rows.index_add_(0, node[chunk], g * embedding[doc[chunk]])
-        return d_embedding, d_rows, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        E, W, doc, row = ctx.saved_tensors
+        (grad,) = grads
+        dE = torch.zeros_like(E) if ctx.needs_input_grad[0] else None
+        dW = torch.zeros_like(W) if ctx.needs_input_grad[1] else None
+        if _compiled(E):
+            g, docs, rows = _array(grad), _array(doc), _array(row)
+            if dE is not None:
+                spread_to_docs(g, _array(W), docs, rows, _array(dE))
+            if dW is not None:
+                spread_to_rows(g, _array(E), docs, rows, _array(dW))
+            return dE, dW, None, None
+        for part in _chunks(len(row), E.shape[1]):
+            one = grad[part].unsqueeze(1)
+            if dE is not None:
+                dE.index_add_(0, doc[part], one * W[row[part]])
+            if dW is not None:
+                dW.index_add_(0, row[part], one * E[doc[part]])
+        return dE, dW, None, None
+
+
+def _compiled(x: Tensor) -> bool:
+    """Whether the compiled CPU loops can take it."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+
+def _array(x: Tensor) -> NDArray[Any]:
+    """A tensor's memory as numpy sees it, contiguous."""
+    return x.detach().contiguous().numpy()
+
+
+def _chunks(pairs: int, dim: int) -> list[slice]:
+    step = max(1, _CHUNK // max(dim, 1))
+    return [slice(at, at + step) for at in range(0, pairs, step)]
+
+
+def _initial_rows(start: int, stop: int, dim: int, seed: int, level: int) -> NDArray[np.float32]:
+    """Rows ``[start, stop)`` of a N(0, 0.02) matrix whose values no rank count changes."""
+    out = np.empty((stop - start, dim), dtype=np.float32)
+    for block in range(start // _INIT_ROWS, -(-stop // _INIT_ROWS)):
+        first = block * _INIT_ROWS
+        rows = np.random.default_rng((seed, level, block)).normal(0.0, _INIT_STD, (_INIT_ROWS, dim))
+        a, b = max(first, start), min(first + _INIT_ROWS, stop)
+        out[a - start : b - start] = rows[a - first : b - first]
+    return out

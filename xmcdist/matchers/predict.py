@@ -1,83 +1,134 @@
-"""One step of the matcher's beam: every rank scores its own nodes for all documents, tops are merged."""
+"""The best clusters of one level for many documents, scored where their rows are.
+
+Letters: N documents, K nodes of the level, d width, b documents of a block.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
-from xmcdist.matchers.head import ShardedHead
+from xmcdist.matchers.candidates import children_of
+from xmcdist.matchers.head import ShardedHead, score_pairs
+from xmcdist.matchers.pair_kernels import top_of_rows
 from xmcdist.parallel.collectives import NO_LABEL, merge_topk
+from xmcdist.parallel.launch import World
+from xmcdist.sparse.csr import row_slice
 
-__all__ = ["level_beam"]
+__all__ = ["POST_PROCESSORS", "post_processor_of", "predict_level"]
+
+_MAX_SCORES = 1 << 24  # of a block: dense scoring holds 64 MB of them
+
+
+def _l3_hinge(v: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(np.exp(-(np.maximum(0.0, 1.0 - v) ** 3)), np.float32)
+
+
+def _sigmoid(v: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(np.exp(-np.logaddexp(0.0, -v)), np.float32)
+
+
+POST_PROCESSORS: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
+    "l3-hinge": _l3_hinge,
+    "sigmoid": _sigmoid,
+}
+"""From a raw score to one in [0, 1] that is multiplied down the tree."""
+
+
+def post_processor_of(loss: str) -> str:
+    """The post-processor that belongs to a loss of `xmcdist.matchers.losses`."""
+    return "sigmoid" if loss == "bce" else "l3-hinge"
+
+
+def predict_level(
+    E: NDArray[np.float32],
+    head: ShardedHead,
+    parent_scores: sp.csr_matrix | None,
+    child_ptr: NDArray[np.int64],
+    beam: int,
+    post_processor: str,
+    world: World,
+    block: int = 1024,
+    scoring: str = "auto",
+) -> sp.csr_matrix:
+    """One step of a beam search, labels in parallel; collective.
+
+    Each rank scores its own rows among the children of the kept parents, for every
+    document, and keeps its best; the best of all ranks are merged, ties to the smaller id.
+
+    Args:
+        E: document vectors ``[N, d]``, the same on every rank; may be memory-mapped.
+        head: this rank's rows.
+        parent_scores: ``[N, K_above]``; stored entries, 0 included, are the kept parents.
+            None: the root, with score 1, at level 1.
+        child_ptr: int64 ``[K_above + 1]``.
+        beam: nodes kept a document.
+        post_processor: ``l3-hinge`` or ``sigmoid``.
+        world: who takes part.
+        block: most documents at a time.
+        scoring: as in `score_pairs`.
+
+    Returns:
+        ``[N, K]`` CSR float32, at most ``beam`` entries a row, indices ascending, scores of
+        exactly 0 stored; the same on every rank.
+
+    Raises:
+        ValueError: an unknown post-processor, or shapes that do not fit.
+
+    Cost: N x (children of a beam) / W dot products a rank, and N x beam x W gathered pairs.
+    """
+    if post_processor not in POST_PROCESSORS:
+        raise ValueError(f"post_processor={post_processor!r} is none of {', '.join(POST_PROCESSORS)}")
+    nodes = int(child_ptr[-1])
+    if parent_scores is None:
+        parent_scores = sp.csr_matrix(np.ones((len(E), 1), dtype=np.float32))
+    if parent_scores.shape != (len(E), len(child_ptr) - 1) or nodes != head.shard.num_labels:
+        raise ValueError(
+            f"parent scores {parent_scores.shape} do not fit {len(E)} documents and {len(child_ptr) - 1} parents, "
+            f"or the head's {head.shard.num_labels} nodes are not the level's {nodes}"
+        )
+    beam = min(beam, nodes)
+    widest = -(-nodes // world.world_size)  # not the own share: ranks must take the same blocks
+    block = max(1, min(block, _MAX_SCORES // widest))
+    rows = []
+    for start in range(0, len(E), block):
+        stop = min(start + block, len(E))
+        part = row_slice(parent_scores, start, stop)
+        vectors = np.array(E[start:stop], dtype=np.float32)  # a copy: torch wants writable memory
+        rows.append(_predict_block(vectors, head, part, child_ptr, beam, post_processor, scoring))
+    lengths = np.concatenate([np.zeros(1, np.int64), *(r[0] for r in rows)])
+    ids = np.concatenate([np.zeros(0, np.int32), *(r[1].astype(np.int32) for r in rows)])
+    scores = np.concatenate([np.zeros(0, np.float32), *(r[2] for r in rows)])
+    return sp.csr_matrix((scores, ids, np.cumsum(lengths)), shape=(len(E), nodes))
 
 
 @torch.no_grad()
-def level_beam(
-    embedding: NDArray[np.float32],
+def _predict_block(
+    E: NDArray[np.float32],
     head: ShardedHead,
-    parent_scores: sp.csr_matrix,
+    parents: sp.csr_matrix,
     child_ptr: NDArray[np.int64],
     beam: int,
-    *,
-    sigmoid: bool = False,
-    block: int = 1024,
-) -> sp.csr_matrix:
-    """The best ``beam`` nodes of a level for each document; collective.
-
-    A node's score is its parent's times ``exp(-max(0, 1 - s)^3)`` (or the sigmoid of s);
-    only children of the parents kept before are looked at.  Ties go to the smaller node,
-    so the answer does not depend on how many ranks share the level.
-
-    Args:
-        embedding: all documents ``[N, d]``, may be memory-mapped.
-        head: this rank's rows.
-        parent_scores: ``[N, K_{t-1}]``, stored entries are the kept parents; ones ``[N, 1]`` at the top.
-        child_ptr: ``[K_{t-1} + 1]``.
-        beam: nodes kept.
-        sigmoid: for a head trained with the logistic loss.
-        block: documents scored at a time; memory is ``block * n`` scores.
-
-    Returns:
-        ``[N, K_t]`` float32, at most ``beam`` entries a row; the same on every rank.
-
-    Cost: 2 N n d multiplications a rank.
-    """
-    device, nodes = head.rows.device, int(child_ptr[-1])
-    own = np.arange(head.shard.start, head.shard.stop)
-    parents = torch.from_numpy(np.searchsorted(child_ptr, own, side="right") - 1).to(device)
-    rows, cols, values = [], [], []
-    for start in range(0, embedding.shape[0], block):
-        E = torch.from_numpy(np.array(embedding[start : start + block], dtype=np.float32)).to(device)
-        s = E @ head.rows.t() + head.bias.reshape(1, -1)
-        score = torch.sigmoid(s) if sigmoid else torch.exp(-(1 - s).clamp(min=0).pow(3))
-        kept = parent_scores[start : start + block]
-        above = torch.full(kept.shape, -1.0, device=device)
-        row = np.repeat(np.arange(kept.shape[0]), np.diff(kept.indptr))
-        above[torch.from_numpy(row).to(device), torch.from_numpy(kept.indices.astype(np.int64)).to(device)] = (
-            torch.from_numpy(np.array(kept.data, dtype=np.float32)).to(device)
-        )
-        above = above[:, parents]
-        score = torch.where(above >= 0, score * above, torch.full_like(score, float("-inf")))
-        top, labels = _local_top(score, head.shard.start, min(beam, nodes))
-        top, labels = merge_topk(top, labels, k=min(beam, nodes))
-        found = (labels != NO_LABEL) & torch.isfinite(top)
-        rows.append((found.nonzero()[:, 0] + start).cpu().numpy())
-        cols.append(labels[found].cpu().numpy())
-        values.append(top[found].cpu().numpy())
-    out = sp.csr_matrix(
-        (np.concatenate(values), (np.concatenate(rows), np.concatenate(cols))), shape=(embedding.shape[0], nodes)
-    )
-    out.sort_indices()
-    return out
-
-
-def _local_top(score: torch.Tensor, first: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of a rank's nodes ``[B, n]``, ties to the smaller; padded where it owns fewer."""
-    order = score.argsort(dim=1, descending=True, stable=True)[:, :k]
-    top = torch.full((score.shape[0], k), float("-inf"), device=score.device)
-    labels = torch.full((score.shape[0], k), NO_LABEL, dtype=torch.int64, device=score.device)
-    top[:, : order.shape[1]], labels[:, : order.shape[1]] = score.gather(1, order), order + first
-    labels[~torch.isfinite(top)] = NO_LABEL
-    return top, labels
+    post_processor: str,
+    scoring: str,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """Row lengths, node ids (ascending in a row) and scores of a block's best."""
+    device = head.weight.device
+    doc_ptr, row, parent = children_of(parents, child_ptr, head.start, head.stop)
+    doc = np.repeat(np.arange(len(E), dtype=np.int64), np.diff(doc_ptr))
+    vectors, docs, rows = (torch.from_numpy(x).to(device) for x in (E, doc, row))
+    raw = score_pairs(vectors, head.weight, head.bias, docs, rows, scoring)
+    score = POST_PROCESSORS[post_processor](raw.cpu().numpy()) * parent
+    best = np.full((len(E), beam), -np.inf, dtype=np.float32)
+    node = np.full((len(E), beam), NO_LABEL, dtype=np.int64)
+    top_of_rows(doc_ptr, row + head.start, score, best, node)
+    merged = merge_topk(torch.from_numpy(best).to(device), torch.from_numpy(node).to(device), k=beam)
+    best, node = merged[0].cpu().numpy(), merged[1].cpu().numpy()
+    order = np.argsort(np.where(node == NO_LABEL, np.iinfo(np.int64).max, node), axis=1, kind="stable")
+    best, node = np.take_along_axis(best, order, 1), np.take_along_axis(node, order, 1)
+    kept = node != NO_LABEL
+    return kept.sum(1).astype(np.int64), node[kept], best[kept]
