@@ -1,48 +1,65 @@
-"""TF-IDF over words and characters, counted by all ranks, the same columns on any number of them.
+"""TF-IDF over words and characters, counted by all ranks, with the same columns on any number of them.
 
-What a term is, scikit-learn's analyzers say (its token pattern, n-grams, ``char_wb``); the
-counting is ours, so that it streams, reduces over ranks and saves without pickle.
+Shapes: n documents, D columns.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import repeat
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
+import numpy.typing as npt
 import scipy.sparse as sp
-from numpy.typing import NDArray
 
 from xmcdist.config.errors import UserError
 from xmcdist.config.schema import FeaturesConfig
+from xmcdist.features.analyzers import Reading, hashed_counts, in_batches
+from xmcdist.features.vocabulary import TermCounts, choose_terms, most_frequent, within_bounds
 from xmcdist.parallel.launch import World
 from xmcdist.sparse.csr import unit_rows
 
 __all__ = ["Tfidf"]
 
-Analyzer = Callable[[str], list[str]]
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+
+_FORMAT = 1
 
 
 class Tfidf:
-    """A fitted vocabulary and its inverse document frequencies.
+    """Texts to sparse vectors of unit length.
 
-    Columns: the words in alphabetical order, then the character n-grams likewise (or the
-    hashed columns of each).  A row is l2-normalised over all of them.
+    Columns come in blocks, words first and then characters: the terms of a block in
+    alphabetical order, or ``2**hashing_bits`` hashed columns a block.  A value is the term's
+    count (``1 + ln`` of it when sublinear) times ``ln((1 + N) / (1 + df)) + 1``, and a row is
+    scaled to length 1 over all blocks.  With one block of words the same numbers as
+    scikit-learn's ``TfidfVectorizer``; hashed, as its ``HashingVectorizer`` without signs
+    followed by ``TfidfTransformer``.
+
+    A hashed column whose counts lie outside the bounds stays, empty.
 
     Attributes:
-        idf: ``[D]`` float64, ``ln((1 + n) / (1 + df)) + 1``; 0 for a hashed column out of bounds.
+        idf: ``[D]`` float64; 0 for an unused hashed column.
+        terms: the columns of each block, or None when hashed.
+        fingerprint: sixteen hex digits that differ when any vector would.
     """
 
-    def __init__(self, cfg: FeaturesConfig, vocabularies: list[dict[str, int]], idf: NDArray[np.float64]) -> None:
-        self.cfg, self.vocabularies, self.idf = cfg, vocabularies, idf
-        self._analyzers = _analyzers(cfg)
+    def __init__(
+        self, reading: Reading, *, sublinear: bool, hashing_bits: int | None, terms: list[list[str]] | None, idf: F64
+    ) -> None:
+        self.reading, self.sublinear, self.hashing_bits = reading, sublinear, hashing_bits
+        self.terms, self.idf = terms, idf
+        self._analyzers = reading.analyzers()
+        columns = iter(range(idf.size))  # one block takes up where the other ended
+        self._columns = [dict(zip(block, columns, strict=False)) for block in terms or []]
+        self.fingerprint = self._fingerprint()
 
     @property
     def num_features(self) -> int:
@@ -51,189 +68,198 @@ class Tfidf:
 
     @classmethod
     def fit(cls, texts: Iterable[str], cfg: FeaturesConfig, world: World) -> Tfidf:
-        """Count this rank's documents, reduce over ranks, keep the terms that qualify; collective.
+        """Count this rank's documents, add up the ranks, choose the columns; collective.
 
         Args:
-            texts: this rank's documents, read once.
-            cfg: n-grams, document-frequency bounds, number of terms.
+            texts: the documents of this rank, read once; together the ranks' are all.
+            cfg: what terms are and which are kept.
+
+        Returns:
+            The same on every rank, bit for bit, however documents are divided.
 
         Raises:
-            UserError: no term qualifies.
+            UserError: no term is left.
 
-        Cost: one pass; memory is that of the vocabulary, not of the text.
+        Cost: one pass over the texts.  Memory grows with the number of different terms (or
+        hashed columns), not with the texts.
         """
-        from xmcdist.parallel.collectives import gather_objects  # here: prediction needs no torch
-
-        if cfg.hashing_bits is not None:
-            return cls._fit_hashed(texts, cfg, world)
-        analyzers = _analyzers(cfg)
-        counts: list[dict[str, list[int]]] = [{} for _ in analyzers]
-        documents = 0
-        for text in texts:
-            documents += 1
-            for analyzer, table in zip(analyzers, counts, strict=True):
-                for term, times in Counter(analyzer(text)).items():
-                    seen = table.get(term)
-                    if seen is None:
-                        table[term] = [1, times]
-                    else:
-                        seen[0] += 1
-                        seen[1] += times
-        total = sum(gather_objects(documents))
-        vocabularies, idfs = [], []
-        for table in counts:
-            kept = _choose(_reduce(table, world, cfg, total), cfg)
-            vocabularies.append({term: column for column, (term, _) in enumerate(kept)})
-            idfs.append(_idf(np.array([df for _, df in kept], dtype=np.int64), total))
-        if not sum(map(len, vocabularies)):
-            raise UserError(
-                f"no term is left of {total} documents with features.min_df={cfg.min_df}, "
-                f"features.max_df={cfg.max_df}: lower min_df, raise max_df, or look at the texts"
-            )
-        return cls(cfg, vocabularies, np.concatenate(idfs))
-
-    @classmethod
-    def _fit_hashed(cls, texts: Iterable[str], cfg: FeaturesConfig, world: World) -> Tfidf:
-        from xmcdist.parallel.collectives import all_reduce_array, gather_objects
-
-        analyzers = _analyzers(cfg)
-        width = 1 << int(cfg.hashing_bits or 0)
-        frequency = np.zeros(width * len(analyzers), dtype=np.int64)
-        documents = 0
-        for text in texts:
-            documents += 1
-            columns = {
-                width * block + column
-                for block, analyzer in enumerate(analyzers)
-                for column in _hashed(analyzer(text), width)
-            }
-            frequency[list(columns)] += 1
-        total = sum(gather_objects(documents))
-        frequency = all_reduce_array(frequency)
-        kept = (frequency >= cfg.min_df) & (frequency <= cfg.max_df * total)
-        if not kept.any():
-            raise UserError(f"no hashed column is left with features.min_df={cfg.min_df}: lower it")
-        return cls(cfg, [], np.where(kept, _idf(frequency, total), 0.0))
+        if cfg.word_ngrams is None and cfg.char_ngrams is None:
+            raise UserError("features.word_ngrams and features.char_ngrams are both null: set one")
+        reading = Reading(_span(cfg.word_ngrams), _span(cfg.char_ngrams), cfg.lowercase)
+        terms, idf = (_fit_terms if cfg.hashing_bits is None else _fit_hashed)(texts, reading, cfg, world)
+        return cls(reading, sublinear=cfg.sublinear, hashing_bits=cfg.hashing_bits, terms=terms, idf=idf)
 
     def transform(self, texts: Iterable[str]) -> sp.csr_matrix:
-        """Documents as unit rows ``[n, D]`` float32; one without a known term is an empty row."""
-        columns, values, ends = array("i"), array("d"), array("q", [0])
-        lookups = self._lookups()
-        for text in texts:
-            for analyzer, lookup in zip(self._analyzers, lookups, strict=True):
-                found = Counter(lookup(analyzer(text)))
-                columns.extend(found.keys())
-                values.extend(found.values())
-            ends.append(len(columns))
-        indices = np.frombuffer(columns, dtype=np.int32) if columns else np.zeros(0, np.int32)
-        tf = np.frombuffer(values, dtype=np.float64) if values else np.zeros(0)
-        weight = (1.0 + np.log(tf) if self.cfg.sublinear else tf) * self.idf[indices]
-        # A frozen buffer cannot be sorted in place, hence the copies.
-        X = sp.csr_matrix(
-            (weight, indices.copy(), np.frombuffer(ends, dtype=np.int64).copy()),
-            shape=(len(ends) - 1, self.num_features),
-        )
-        X.eliminate_zeros()
-        X.sort_indices()
+        """Vectors of any texts, ``[n, D]`` float32 with sorted columns.
+
+        A text without a known term gives an empty row.  Needs twice the memory of the
+        result, and that of a batch of a few million characters.
+
+        Raises:
+            TypeError: one text was given in place of many.
+        """
+        parts = [self._weighted(batch) for batch in in_batches(texts)]
+        if not parts:
+            return sp.csr_matrix(np.zeros((0, self.num_features), dtype=np.float32))
+        return parts[0] if len(parts) == 1 else sp.csr_matrix(sp.vstack(parts, format="csr"))
+
+    def _weighted(self, batch: list[str]) -> sp.csr_matrix:
+        X = self._counts(batch) if self.hashing_bits is None else self._hashed(batch)
+        if self.sublinear:
+            X.data = np.log(X.data) + 1.0
+        X.data *= self.idf[X.indices]
+        if self.hashing_bits is not None:
+            X.eliminate_zeros()
         return unit_rows(X)
 
-    def save(self, folder: Path) -> None:
-        """Write settings and vocabulary as JSON, frequencies as ``.npy``."""
+    def _counts(self, batch: list[str]) -> sp.csr_matrix:
+        """How often each known term occurs, ``[n, D]`` float64."""
+        found = array("i")
+        ends = np.zeros(len(batch) + 1, dtype=np.int64)
+        blocks = [(analyze, known.get) for (_, analyze), known in zip(self._analyzers, self._columns, strict=True)]
+        unknown = repeat(-1)
+        for i, text in enumerate(batch, start=1):
+            for analyze, column in blocks:
+                found.extend(map(column, analyze(text), unknown))
+            ends[i] = len(found)
+        columns = np.asarray(found, dtype=np.int32)
+        known = columns >= 0
+        ends = np.concatenate([[0], np.cumsum(known)])[ends]
+        columns = columns[known]
+        X = sp.csr_matrix((np.ones(columns.size), columns, ends), shape=(len(batch), self.num_features))
+        X.sum_duplicates()
+        return X
+
+    def _hashed(self, batch: list[str]) -> sp.csr_matrix:
+        width = self.num_features // len(self._analyzers)
+        blocks = [hashed_counts(batch, analyze, width) for _, analyze in self._analyzers]
+        return sp.csr_matrix(sp.hstack(blocks, format="csr"))
+
+    def save(self, folder: Path | str) -> None:
+        """Write settings (JSON), terms (UTF-8 text, one a line, a file a block) and ``idf.npy``."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        terms = [list(v) for v in self.vocabularies]
-        (folder / "tfidf.json").write_text(
-            json.dumps({"settings": asdict(self.cfg), "terms": terms}, ensure_ascii=False), encoding="utf-8"
-        )
-        np.save(folder / "idf.npy", self.idf)
+        for (name, _), block in zip(self._analyzers, self.terms or [], strict=False):
+            _terms_file(folder, name).write_bytes(_text(block))
+        np.save(folder / "idf.npy", self.idf, allow_pickle=False)
+        settings = {**self._settings(), "format": _FORMAT, "fingerprint": self.fingerprint}
+        (folder / "tfidf.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> Tfidf:
+    def load(cls, folder: Path | str) -> Tfidf:
         """Read what `save` wrote.
 
         Raises:
-            UserError: a file is missing or damaged.
+            UserError: a file is missing, damaged, or not of this vocabulary.
         """
+        folder = Path(folder)
         try:
-            saved: dict[str, Any] = json.loads((folder / "tfidf.json").read_text(encoding="utf-8"))
+            settings: dict[str, Any] = json.loads((folder / "tfidf.json").read_text(encoding="utf-8"))
+            if settings["format"] != _FORMAT:
+                raise ValueError(f"format {settings['format']}, this version reads {_FORMAT}")
+            reading = Reading(_span(settings["word_ngrams"]), _span(settings["char_ngrams"]), settings["lowercase"])
+            terms = None
+            if settings["hashing_bits"] is None:
+                terms = [_lines(_terms_file(folder, name)) for name, _ in reading.analyzers()]
             idf = np.load(folder / "idf.npy", allow_pickle=False)
-            vocabularies, first = [], 0
-            for terms in saved["terms"]:
-                vocabularies.append({term: column for column, term in enumerate(terms)})
-                first += len(terms)
-            cfg = FeaturesConfig(**saved["settings"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} holds no whole TF-IDF vocabulary ({error}): copy or train it again") from error
-        if vocabularies and first != idf.size:
-            raise UserError(f"{folder}: {first} terms and {idf.size} frequencies: copy or train it again")
-        return cls(cfg, vocabularies, idf)
+            given = cls(
+                reading, sublinear=settings["sublinear"], hashing_bits=settings["hashing_bits"], terms=terms, idf=idf
+            )
+            if given.fingerprint != settings["fingerprint"]:
+                raise ValueError("the files do not belong together, or one was changed")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+            raise UserError(f"{folder} holds no whole TF-IDF vocabulary ({error}): copy it again, or train") from error
+        return given
 
-    def _lookups(self) -> list[Callable[[list[str]], list[int]]]:
-        """One function a block: terms to column numbers, unknown ones left out."""
-        if self.cfg.hashing_bits is not None:
-            width = 1 << self.cfg.hashing_bits
-            return [_hash_lookup(width, width * block) for block in range(len(self._analyzers))]
-        firsts = np.cumsum([0, *(len(v) for v in self.vocabularies)]).tolist()
-        return [_word_lookup(v, first) for v, first in zip(self.vocabularies, firsts, strict=False)]
+    def _settings(self) -> dict[str, Any]:
+        return {**asdict(self.reading), "sublinear": self.sublinear, "hashing_bits": self.hashing_bits}
 
-
-def _word_lookup(vocabulary: dict[str, int], first: int) -> Callable[[list[str]], list[int]]:
-    get = vocabulary.get
-    if first == 0:
-        return lambda terms: [c for c in map(get, terms) if c is not None]
-    return lambda terms: [c + first for c in map(get, terms) if c is not None]
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
+        for block in self.terms or []:
+            digest.update(b"%d\n" % len(block) + _text(block))
+        digest.update(np.ascontiguousarray(self.idf, dtype="<f8").data)
+        return digest.hexdigest()[:16]
 
 
-def _hash_lookup(width: int, first: int) -> Callable[[list[str]], list[int]]:
-    return lambda terms: [c + first for c in _hashed(terms, width)]
+def _fit_terms(
+    texts: Iterable[str], reading: Reading, cfg: FeaturesConfig, world: World
+) -> tuple[list[list[str]] | None, F64]:
+    analyzers = [analyze for _, analyze in reading.analyzers()]
+    counts = [TermCounts() for _ in analyzers]
+    mine = 0
+    for text in _many(texts):
+        mine += 1
+        for analyze, block in zip(analyzers, counts, strict=True):
+            block.add(analyze(text))
+    documents = _total(mine)
+    chosen = [choose_terms(block, documents, cfg, world) for block in counts]
+    df = np.concatenate([frequency for _, frequency in chosen])
+    if not df.size:
+        raise _nothing_left("term", documents, cfg)
+    return [terms for terms, _ in chosen], _idf(df, documents)
 
 
-def _hashed(terms: list[str], width: int) -> list[int]:
-    from sklearn.utils import murmurhash3_32
+def _fit_hashed(
+    texts: Iterable[str], reading: Reading, cfg: FeaturesConfig, world: World
+) -> tuple[list[list[str]] | None, F64]:
+    from xmcdist.parallel.collectives import all_reduce_array
 
-    return [murmurhash3_32(term, positive=True) % width for term in terms]
+    analyzers = [analyze for _, analyze in reading.analyzers()]
+    width = 1 << int(cfg.hashing_bits or 0)
+    df, tf = np.zeros((2, len(analyzers), width), dtype=np.int64)
+    mine = 0
+    for batch in in_batches(texts):
+        mine += len(batch)
+        for b, analyze in enumerate(analyzers):
+            X = hashed_counts(batch, analyze, width)
+            columns, first = np.unique(X.indices, return_inverse=True)
+            df[b, columns] += np.bincount(first, minlength=columns.size)
+            tf[b, columns] += np.bincount(first, X.data, minlength=columns.size).astype(np.int64)
+    documents = _total(mine)
+    df, tf = all_reduce_array(df), all_reduce_array(tf)
+    kept = within_bounds(df, documents, cfg)
+    if cfg.max_features is not None:
+        for b in range(len(analyzers)):
+            kept[b] &= most_frequent(np.where(kept[b], tf[b], 0), cfg.max_features)
+    if not kept.any():
+        raise _nothing_left("hashed column", documents, cfg)
+    return None, np.where(kept, _idf(df, documents), 0.0).ravel()
 
 
-def _analyzers(cfg: FeaturesConfig) -> list[Analyzer]:
-    from sklearn.feature_extraction.text import CountVectorizer
-
-    blocks = [("word", cfg.word_ngrams), ("char_wb", cfg.char_ngrams)]
-    return [
-        CountVectorizer(analyzer=kind, ngram_range=(n[0], n[1]), lowercase=cfg.lowercase).build_analyzer()
-        for kind, n in blocks
-        if n is not None
-    ]
+def _many(texts: Iterable[str]) -> Iterator[str]:
+    for batch in in_batches(texts):
+        yield from batch
 
 
-def _reduce(
-    table: dict[str, list[int]], world: World, cfg: FeaturesConfig, documents: int
-) -> list[tuple[str, int, int]]:
-    """(term, documents, occurrences) over all ranks, document-frequency bounds applied; same on all.
-
-    Each term is summed by one rank, chosen by its hash, so that no rank holds the rare
-    terms of all; only what passes the bounds reaches every rank.
-    """
+def _total(mine: int) -> int:
     from xmcdist.parallel.collectives import gather_objects
 
-    mine: dict[str, list[int]] = {}
-    for owner in range(world.world_size):
-        part = {t: c for t, c in table.items() if crc32(t.encode()) % world.world_size == owner}
-        for counts in gather_objects(part):
-            if owner != world.rank:
-                continue
-            for term, (df, tf) in counts.items():
-                seen = mine.setdefault(term, [0, 0])
-                seen[0] += df
-                seen[1] += tf
-    bounded = [(t, df, tf) for t, (df, tf) in mine.items() if cfg.min_df <= df <= cfg.max_df * documents]
-    return [row for rows in gather_objects(bounded) for row in rows]
+    return sum(gather_objects(mine))
 
 
-def _choose(rows: list[tuple[str, int, int]], cfg: FeaturesConfig) -> list[tuple[str, int]]:
-    """The most frequent ``max_features`` terms, ties alphabetical; (term, documents) in alphabetical order."""
-    if cfg.max_features is not None and len(rows) > cfg.max_features:
-        rows = sorted(rows, key=lambda r: (-r[2], r[0]))[: cfg.max_features]
-    return sorted((term, df) for term, df, _ in rows)
+def _idf(df: I64, documents: int) -> F64:
+    return np.asarray(np.log((1.0 + documents) / (1.0 + df)) + 1.0, dtype=np.float64)
 
 
-def _idf(frequency: NDArray[np.int64], documents: int) -> NDArray[np.float64]:
-    return math.log(1 + documents) - np.log1p(frequency.astype(np.float64)) + 1.0
+def _nothing_left(what: str, documents: int, cfg: FeaturesConfig) -> UserError:
+    return UserError(
+        f"no {what} is left of {documents} documents with features.min_df={cfg.min_df} and "
+        f"features.max_df={cfg.max_df}: lower min_df, raise max_df, or look at the texts"
+    )
+
+
+def _span(ngrams: list[int] | None) -> tuple[int, int] | None:
+    return (int(ngrams[0]), int(ngrams[1])) if ngrams is not None else None
+
+
+def _terms_file(folder: Path, block: str) -> Path:
+    return folder / f"terms.{block}.txt"
+
+
+def _text(terms: list[str]) -> bytes:
+    return "".join(f"{term}\n" for term in terms).encode("utf-8", "surrogatepass")
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_bytes().decode("utf-8", "surrogatepass").split("\n")[:-1]
