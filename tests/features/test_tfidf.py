@@ -180,6 +180,11 @@ def test_ranks_together_fit_the_same(rank: int, world_size: int) -> None:
             assert got.fingerprint == want.fingerprint
 
 
+def test_processes_agree_on_the_owner_of_a_term() -> None:
+    # Ranks forked from one server share Python's hash seed, launched ones do not.
+    assert [vocabulary._piece(term, 1000) for term in ("word", "two words", "日本", " é")] == [265, 725, 756, 451]
+
+
 @on_ranks(3)
 def test_ranks_without_documents(rank: int, world_size: int) -> None:
     world = World(rank, world_size, rank, world_size, "cpu")

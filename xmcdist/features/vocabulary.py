@@ -111,7 +111,7 @@ def _summed_by_owner(counts: TermCounts, documents: int, cfg: FeaturesConfig, wo
         buckets[0] = list(counts.df)
     else:
         for term in counts.df:
-            buckets[crc32(_utf8(term)) % len(buckets)].append(term)
+            buckets[_piece(term, len(buckets))].append(term)
     owned = [_Rows([], np.zeros(0, np.int64), np.zeros(0, np.int64))]
     for piece, terms in enumerate(buckets):
         rows = _Rows(terms, _pop(counts.df, terms), _pop(counts.tf, terms))
@@ -123,6 +123,11 @@ def _summed_by_owner(counts: TermCounts, documents: int, cfg: FeaturesConfig, wo
             rows = _summed([_Rows(_unpack(packed), df, tf) for packed, df, tf in parts])
         owned.append(rows.where(within_bounds(rows.df, documents, cfg)))
     return _joined(owned)
+
+
+def _piece(term: str, pieces: int) -> int:
+    """Python's own ``hash`` of a str differs from process to process."""
+    return crc32(_utf8(term)) % pieces
 
 
 def _pop(table: Counter[str], terms: list[str]) -> I64:
