@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from xmcdist.config.errors import UserError
 from xmcdist.config.schema import MatcherConfig, OptimizerConfig, ScheduleConfig
 from xmcdist.data.batches import GlobalBatches, local, sizes
 from xmcdist.data.tokens import TokenShards
@@ -33,9 +33,9 @@ from xmcdist.schedules.lr import lr_factor
 from xmcdist.training.engine import Engine
 from xmcdist.training.optim import encoder_optimizer, head_optimizer, load_moments, moments, set_lr
 
-_BEST_HEAD = "best.head."
+__all__ = ["DivergedError", "LevelHooks", "LevelResult", "LevelTask", "train_level"]
 
-__all__ = ["LevelHooks", "LevelResult", "LevelTask", "train_level"]
+_BEST_HEAD = "best.head."
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class LevelTask:
     schedule: ScheduleConfig
     log_every: int = 20
     save_every: int = 0  # steps; 0: never
+
+
+class DivergedError(UserError):
+    """Training gave a loss or gradient that is no finite number."""
 
 
 class LevelHooks(Protocol):
@@ -95,8 +99,9 @@ class _State:
         steps = {k: float(v) for k, v in head_moments.items() if k.endswith(".step")}
         head |= {k: v for k, v in head_moments.items() if not k.endswith(".step")}
         best = {f"best.{k}": v for k, v in self.best_weights.items()}
+        best_encoder = {k: v for k, v in best.items() if not k.startswith(_BEST_HEAD)}
         return {
-            "encoder": dict(self.encoder.state_dict()) | {k: v for k, v in best.items() if not k.startswith(_BEST_HEAD)},
+            "encoder": dict(self.encoder.state_dict()) | best_encoder,
             "optimizer": moments(self.encoder_optimizer, self.encoder),
             "head": head | {k: v for k, v in best.items() if k.startswith(_BEST_HEAD)},
             "extra": {"best": self.best, "best_step": self.best_step, "bad": self.bad, "head_steps": steps},
@@ -135,12 +140,12 @@ def train_level(
         resume: what a ``save`` hook was given, with head rows as this rank now owns them.
 
     Raises:
-        FloatingPointError: the loss is not finite; names level and step.  No step is taken with it.
+        DivergedError: the loss or the gradient is not finite; names level and step.  All ranks
+            raise it, and no step is taken with it.
     """
     wrapped = engine.prepare(encoder)
-    state = _State(
-        encoder, head.to(engine.device), encoder_optimizer(encoder, task.optimizer), head_optimizer(head, task.optimizer)
-    )
+    head.to(engine.device)
+    state = _State(encoder, head, encoder_optimizer(encoder, task.optimizer), head_optimizer(head, task.optimizer))
     if resume is not None:
         state.restore(resume)
     result = LevelResult(steps=state.step)
@@ -152,9 +157,7 @@ def train_level(
         result.losses.append(loss)
         if state.step % task.log_every == 0 or state.step == task.steps:
             hooks.log(window.flush(task, state, loss, norm))
-        if task.matcher.validation_fraction and (
-            state.step % task.matcher.eval_every == 0 or state.step == task.steps
-        ):
+        if task.matcher.validation_fraction and (state.step % task.matcher.eval_every == 0 or state.step == task.steps):
             value = hooks.evaluate(state.encoder, head)
             wrapped.train()
             if value is not None and value > state.best:
@@ -170,12 +173,11 @@ def train_level(
     if state.best_weights:
         _put_weights(state, state.best_weights)
     result.steps = state.step
+    engine.release()
     return result
 
 
-def _step(
-    engine: Engine, wrapped: nn.Module, state: _State, task: LevelTask, window: _Window
-) -> tuple[float, float]:
+def _step(engine: Engine, wrapped: nn.Module, state: _State, task: LevelTask, window: _Window) -> tuple[float, float]:
     """One optimizer step; returns the loss over the global batch and the gradient norm, equal on all ranks."""
     world, device = engine.world, engine.device
     torch.manual_seed(_seed(task.seed, task.level, state.step, world.rank))
@@ -187,7 +189,7 @@ def _step(
     ids = task.document_ids[task.batches.batch(state.step)]
     per_micro = engine.cfg.micro_batch * world.world_size
     starts = range(0, len(ids), per_micro)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for start in starts:
         docs = ids[start : start + per_micro]
         mine = local(docs, world.rank, world.world_size)
@@ -201,15 +203,16 @@ def _step(
             # The loss is a mean over the global batch, of which this micro-step holds a part.
             loss = _loss(state.head, everyone, candidates, task.matcher, len(ids))
             engine.backward(loss)
-        total += loss.detach().double()
+        loss_sum += loss.detach().double()
         started = time.perf_counter()
-    value = float(all_reduce(total))
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"level {task.level}, step {state.step}: the loss is {value}; lower optimizer.lr or optimizer.head_lr"
-        )
+    value = float(all_reduce(loss_sum))
     encoder_params = [p for p in state.encoder.parameters() if p.requires_grad]
     norm = engine.clip(encoder_params, state.head.parameters(), task.optimizer.clip)
+    if not (math.isfinite(value) and math.isfinite(norm)):
+        raise DivergedError(
+            f"level {task.level}, step {state.step}: the loss is {value} and its gradient's norm {norm}; lower "
+            "optimizer.lr or optimizer.head_lr, or set engine.precision=fp32"
+        )
     for optimizer in (state.encoder_optimizer, state.head_optimizer):
         optimizer.step()
         optimizer.zero_grad()
