@@ -53,9 +53,11 @@ class Hooks:
     values: list[float] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     saved: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
 
     def log(self, values: dict[str, Any]) -> None:
         self.rows.append(values)
+        self.seeds.append(torch.initial_seed())
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         copy = {

@@ -57,7 +57,7 @@ class _Spy(Engine):
 
 
 def _worst(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want.double()).abs().max()) if got.numel() else 0.0
+    return float((got.detach().double() - want.detach().double()).abs().max()) if got.numel() else 0.0
 
 
 @on_ranks(1, 2, 3)
@@ -105,6 +105,8 @@ def test_going_on_from_a_checkpoint_is_bit_for_bit(rank: int, world_size: int, t
 
         hooks = Hooks()
         straight, losses = run(None, hooks, setting)
+        seeds = gather_objects(hooks.seeds)
+        assert len(set().union(*seeds)) == 6 * world_size  # every rank and step has its own dropout
         ((step, state),) = hooks.saved
         save_state(tmp_path / kind, step=step, rows=rows, world=world, **state)
         place = latest(tmp_path / kind, world)
