@@ -194,6 +194,8 @@ def test_early_stopping_puts_the_best_weights_back() -> None:
     result = train_level(problem.engine(setting), encoder, head, problem.task(setting), hooks)
     assert result.stopped_early
     assert result.steps == 8
+    undisturbed = _alone(Setting(steps=20, dropout=0.1)).losses
+    assert result.losses == undisturbed[:8]  # an evaluation leaves no trace: dropout is on again after it
     at_best = dict(hooks.saved)[4]
     assert all(torch.equal(p, at_best["encoder"][n]) for n, p in encoder.state_dict().items())
     assert torch.equal(head.weight, at_best["head"]["weight"])
