@@ -15,6 +15,7 @@ from xmcdist.encoders import source
 from xmcdist.encoders.embed import TextEmbedder, TokenRows, embed
 from xmcdist.encoders.errors import EncoderError
 from xmcdist.encoders.hf import Encoder, check_available, encode_fn, encoder_fingerprint, load_encoder, load_tokenizer
+from xmcdist.encoders.surgery import set_dropout
 
 TEXTS = ["The cat sat on the mat", "a dog", "", "dog dog cat, the end of a long line about a Mat", "zebra"]
 TINY = EncoderConfig(preset="tiny", max_length=16)
@@ -91,6 +92,12 @@ def test_layers_and_dropout() -> None:
     assert torch.equal(still(ids, torch.ones_like(ids)), still(ids, torch.ones_like(ids)))
     encoder.train()
     assert not torch.equal(encoder(ids, torch.ones_like(ids)), encoder(ids, torch.ones_like(ids)))
+
+
+def test_dropout_that_no_config_knows_is_set_too() -> None:
+    layers = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Sequential(torch.nn.Dropout1d(0.4)))
+    set_dropout(layers, 0.1)
+    assert {m.p for m in layers.modules() if hasattr(m, "p")} == {0.1}
 
 
 @pytest.mark.parametrize("family", ["roberta", "distilbert", "xlnet", "modernbert"])
