@@ -80,4 +80,4 @@ def test_the_run_learns(runs: dict[int, Path]) -> None:
 def test_rank_0_alone_talks(runs: dict[int, Path]) -> None:
     text = (runs[3].parent / "3.log").read_text()
     assert text.count("linear only") == 1
-    assert text.count("tree: levels") == 1
+    assert text.count(" tree: levels") == 1

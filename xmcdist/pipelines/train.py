@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -165,6 +167,25 @@ def _set_threads(cfg: RunConfig, world: World) -> None:
         import torch
 
         torch.set_num_threads(threads)
+        if world.device_type == "cpu":
+            _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what a training step frees for the next one.
+
+    By default it hands every large block back to the system, which then clears the pages
+    anew each step: a quarter of a CPU step's time with a small encoder.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:  # another C library
+        return
+    trim_threshold, mmap_threshold = -1, -3  # names of mallopt(3)
+    libc.mallopt(mmap_threshold, 1 << 30)
+    libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def _start_trackers(run: Run) -> None:
