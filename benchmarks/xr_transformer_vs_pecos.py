@@ -65,6 +65,7 @@ def pecos_worker(data: Path, features: Path, threads: int) -> None:
 
 
 def run_pecos(args: argparse.Namespace, features: Path) -> dict[str, float]:
+    """PECOS in its own interpreter."""
     command = [args.pecos, __file__, str(args.data), "--worker", str(features), "--threads", str(args.threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_env(args.threads))
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -75,6 +76,7 @@ def run_pecos(args: argparse.Namespace, features: Path) -> dict[str, float]:
 
 
 def run_ours(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, dict[str, float]]:
+    """Ours, as a command; metrics and costs of the full path, metrics of the linear one."""
     settings = [
         f"dataset.path={args.data}",
         f"run_dir={folder}",
@@ -102,6 +104,7 @@ def run_ours(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, dic
 
 
 def main() -> None:
+    """Run all, alternating, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--pecos")
@@ -134,6 +137,7 @@ def main() -> None:
 
 
 def write_features(data: Path, folder: Path) -> Path:
+    """TF-IDF by scikit-learn, for PECOS."""
     import numpy as np
     import scipy.sparse as sp
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -146,6 +150,7 @@ def write_features(data: Path, folder: Path) -> Path:
 
 
 def report(args: argparse.Namespace, rows: list[tuple[str, dict[str, float]]]) -> str:
+    """Everything as markdown."""
     means = []
     for kind in ("xmcdist full", "xmcdist linear", "PECOS XR-Transformer"):
         some = [r for name, r in rows if name.startswith(kind)]
@@ -162,7 +167,7 @@ def report(args: argparse.Namespace, rows: list[tuple[str, dict[str, float]]]) -
         f"{' ' + ' '.join(args.override) if args.override else ''}`.",
         f"MiniLM, {STEPS} steps x batch {BATCH} a level, {LENGTH} tokens, lr {LR}, warm-up {WARMUP}, nr_splits 16, "
         "max_leaf_size 16. Our seconds are the wall time of the whole command without the linear baseline's stages:",
-        "start-up, reading, features, tree, matcher, rankers, prediction and export; PECOS's are those of its train call.",
+        "start-up, reading, features, tree, matcher, rankers, prediction, export; PECOS's are those of its train call.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),

@@ -32,7 +32,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "ranker.post_processor": POST_PROCESSORS,
     "ranker.features": ("both", "sparse", "dense"),
     "engine.name": ("cpu", "ddp"),
-    "engine.precision": ("fp32", "bf16"),
+    "engine.precision": ("fp32", "bf16", "auto"),
     "tracker.name": ("jsonl", "wandb"),
     "tracker.mode": ("offline", "online"),
 }

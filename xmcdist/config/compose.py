@@ -107,7 +107,9 @@ def to_object(composed: Any, world_size: int = 1) -> Any:
     cfg: Any = OmegaConf.to_object(composed)
     added = sorted(_keys(OmegaConf.to_container(composed, resolve=True)) - _keys(asdict(cfg)))
     if added:
-        raise ConfigError("; ".join(f"unknown setting {name!r}{_nearest(name, sorted(_keys(asdict(cfg))))}" for name in added))
+        raise ConfigError(
+            "; ".join(f"unknown setting {name!r}{_nearest(name, sorted(_keys(asdict(cfg))))}" for name in added)
+        )
     if isinstance(cfg, schema.RunConfig):
         faults = check_run(cfg, world_size)
         if faults:

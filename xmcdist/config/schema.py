@@ -162,7 +162,7 @@ class EngineConfig:
     name: str = "cpu"  # cpu | ddp
     global_batch: int = 32  # documents an optimizer step, over all ranks
     micro_batch: int = 32  # most documents a rank encodes at once; accumulation is derived
-    precision: str = "fp32"  # fp32 | bf16
+    precision: str = "fp32"  # fp32 | bf16 | auto: bf16 where every rank's processor has it
     threads: int | None = None  # a process; null: cores divided by local processes
     timeout_s: int = 1800  # a collective without an answer ends the job
 

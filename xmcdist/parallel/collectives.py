@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
-    "CollectiveMismatchError",
     "NO_LABEL",
+    "CollectiveMismatchError",
     "all_gather_embeddings",
     "all_gather_ragged",
     "all_reduce",

@@ -12,7 +12,7 @@ import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
-__all__ = ["World", "rank_from_environment", "setup", "shutdown"]
+__all__ = ["World", "has_bf16", "rank_from_environment", "setup", "shutdown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,20 @@ class World:
 def rank_from_environment() -> tuple[int, int]:
     """(rank, world size) without importing torch: for what must be said before set-up."""
     return _int("RANK", 0), _int("WORLD_SIZE", 1)
+
+
+def has_bf16(device_type: str) -> bool:
+    """Whether this process's device multiplies bfloat16 in hardware; emulated it is slower than float32."""
+    if device_type == "cuda":
+        import torch
+
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as f:
+            flags = next((line for line in f if line.startswith("flags")), "").split()
+    except OSError:  # not Linux
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def setup(*, use_gpu: bool = True, timeout_s: int = 1800) -> World:

@@ -10,7 +10,6 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from xmcdist.checkpoint.parts import write_csr, write_rows
 from xmcdist.checkpoint.train_state import latest, load_state, save_state

@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from xmcdist.inference.beam import beam_search
 from xmcdist.observability.environment import peak_memory_mb, versions
 from xmcdist.observability.log import RunLog
 from xmcdist.parallel.collectives import gather_objects
-from xmcdist.parallel.launch import World
+from xmcdist.parallel.launch import World, has_bf16
 from xmcdist.pipelines.evaluation import TABLE_KEYS, label_frequency, measure
 from xmcdist.pipelines.export import export_stage
 from xmcdist.pipelines.features import features_stage
@@ -57,6 +57,7 @@ def train(cfg: RunConfig, world: World) -> dict[str, Any]:
         from xmcdist.encoders.hf import check_available
 
         check_available(cfg.encoder)
+    cfg = _decide_precision(cfg, world)
     data = prepare_data(cfg, world, log.say)
     if cfg.encoder.preset != "none" and not data.has_text:
         raise UserError("this data set has features but no texts, so only the linear path is open: set encoder=none")
@@ -169,6 +170,14 @@ def _set_threads(cfg: RunConfig, world: World) -> None:
         torch.set_num_threads(threads)
         if world.device_type == "cpu":
             _keep_freed_memory()
+
+
+def _decide_precision(cfg: RunConfig, world: World) -> RunConfig:
+    """``auto`` becomes what every rank can do."""
+    if cfg.engine.precision != "auto":
+        return cfg
+    fast = all(gather_objects(has_bf16(world.device_type)))
+    return replace(cfg, engine=replace(cfg.engine, precision="bf16" if fast else "fp32"))
 
 
 def _keep_freed_memory() -> None:
