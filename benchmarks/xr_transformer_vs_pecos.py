@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path)
     parser.add_argument("override", nargs="*", help="settings of ours to change")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     args.data = args.data.resolve()
     if args.worker:
         pecos_worker(args.data, args.worker, args.threads)
