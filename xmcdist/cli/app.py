@@ -35,8 +35,12 @@ def run(config_name: str, body: Callable[[Any], None]) -> None:
         def job(composed: Any) -> None:
             try:
                 body(to_object(composed, world_size))
+                sys.stdout.flush()
             except UserError as error:
                 _give_up(error, rank)
+            except BrokenPipeError:  # the reader of our output, such as head, has left
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(0)
             except Exception:
                 # Said here, whole and once: Hydra would shorten it and hide the cause.
                 traceback.print_exc()

@@ -71,8 +71,12 @@ class Predictor:
             from xmcdist.encoders.embed import TextEmbedder
 
             embedder = TextEmbedder.load(folder / "encoder")
+        try:
+            rankers = LinearTree.load(folder / "rankers")
+        except ValueError as error:
+            raise UserError(str(error)) from error
         return cls(
-            LinearTree.load(folder / "rankers"),
+            rankers,
             TextStore(folder, "label_texts"),
             np.load(folder / "label_frequency.npy", mmap_mode="r", allow_pickle=False),
             meta,

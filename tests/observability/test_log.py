@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from xmcdist.config.schema import TrackerConfig
+from xmcdist.observability.environment import environment_report, peak_memory_mb, versions
+from xmcdist.observability.log import RunLog
+from xmcdist.parallel.launch import World
+
+
+def test_rank_0_writes_lines_and_metrics_the_others_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in (1, 0):
+        log = RunLog(tmp_path, World(rank, 2, rank, 2, "cpu"))
+        log.say(f"hello from {rank}")
+        log.metrics({"loss": 0.5, "rank": rank})
+    assert "hello from 0" in capsys.readouterr().err
+    assert "hello from 1" not in (tmp_path / "run.log").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["rank"], r["loss"]) for r in rows] == [(0, 0.5)]
+
+
+def test_the_report_names_versions_and_memory() -> None:
+    assert "python" in versions()
+    assert "cpu cores" in environment_report()
+    assert 10 < peak_memory_mb() < 100_000
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_offline_keeps_its_run_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xmcdist.observability.wandb_tracker import WandbTracker
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for _ in range(2):
+        tracker = WandbTracker(TrackerConfig(name="wandb"), tmp_path, {"seed": 0})
+        tracker.log({"loss": 1.0})
+        tracker.close()
+        ids.append((tmp_path / "wandb-id").read_text())
+    assert ids[0] == ids[1]
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
