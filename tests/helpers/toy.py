@@ -65,5 +65,6 @@ TINY_RUN = [
     "engine.global_batch=12",
     "engine.micro_batch=4",
     "tracker.log_every=1",
+    "engine.threads=1",
 ]
 """Overrides for a run of seconds over `write_text_folder`'s data: three levels, 4 > 8.. > 40."""
