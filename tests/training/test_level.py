@@ -178,11 +178,9 @@ def test_the_random_state_follows_step_and_level() -> None:
     runs = []
     for noise in (1, 2):
         torch.manual_seed(noise)
-        runs.append(
-            train_level(
-                problem.engine(setting), problem.encoder(setting), problem.head(), problem.task(setting), Hooks()
-            )
-        )
+        hooks = Hooks()
+        runs.append(_alone(setting, hooks))
+        assert len(set(hooks.seeds)) == 3  # another dropout at every step
     assert runs[0].losses == runs[1].losses
     plain = Setting(dropout=0.0, steps=3)
     assert _alone(plain).losses != runs[0].losses  # evaluation mode would make them equal
@@ -216,9 +214,7 @@ def test_early_stopping_puts_the_best_weights_back() -> None:
 def test_what_is_logged() -> None:
     setting = Setting(steps=3)
     hooks = Hooks()
-    result = train_level(
-        problem.engine(setting), problem.encoder(setting), problem.head(), problem.task(setting), hooks
-    )
+    result = _alone(setting, hooks)
     assert [r["step"] for r in hooks.rows] == [1, 2, 3]
     assert [r["loss"] for r in hooks.rows] == result.losses
     assert [r["lr"] for r in hooks.rows] == [0.0, 1e-3, 2e-3]
