@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from xmcdist.inference.predictor import Predictor
 
 
-def load(path: str) -> Predictor:
+def load(path: str, *, trust_remote_code: bool = False) -> Predictor:
     """Load a model folder written by ``train``; needs no training data and no GPU.
 
     Args:
         path: the ``model`` folder of a run.
+        trust_remote_code: let an encoder that brings code of its own run it; off, no code is run.
 
     Returns:
         An object whose ``predict(["some text"], k=5)`` names labels with scores.
@@ -25,4 +26,4 @@ def load(path: str) -> Predictor:
     """
     from xmcdist.inference.predictor import Predictor
 
-    return Predictor.load(path)
+    return Predictor.load(path, trust_remote_code=trust_remote_code)

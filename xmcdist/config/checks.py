@@ -112,6 +112,10 @@ def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
             not 0 <= m.validation_fraction < 1,
             f"matcher.validation_fraction={m.validation_fraction} must be in [0, 1)",
         ),
+        (
+            cfg.optimizer.head == "sparse_adam" and cfg.optimizer.weight_decay > 0,
+            f"optimizer.weight_decay={cfg.optimizer.weight_decay} has no effect on optimizer.head=sparse_adam: set it to 0",
+        ),
         (m.bootstrap_c <= 0, f"matcher.bootstrap_c={m.bootstrap_c} must be positive"),
         (
             not r.Cp or not r.Cn or min(r.Cp + r.Cn) <= 0,

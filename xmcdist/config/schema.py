@@ -124,7 +124,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     eps: float = 1e-8
     clip: float = 1.0  # global norm over encoder and every shard of the head; 0 turns it off
-    head: str = "adamw"  # adamw | sparse_adam (only rows with candidates move)
+    head: str = "adamw"  # adamw | sparse_adam (only rows with a gradient move; no weight decay)
 
 
 @dataclass

@@ -54,8 +54,8 @@ class Predictor:
         self.meta, self.tfidf, self.embedder = meta, tfidf, embedder
 
     @classmethod
-    def load(cls, path: str | Path) -> Predictor:
-        """Open a model folder; runs no code from it.
+    def load(cls, path: str | Path, *, trust_remote_code: bool = False) -> Predictor:
+        """Open a model folder; runs no code from it unless it is trusted.
 
         Raises:
             UserError: no model there, a newer format, or a damaged file.
@@ -70,7 +70,7 @@ class Predictor:
         if meta["encoder"]:
             from xmcdist.encoders.embed import TextEmbedder
 
-            embedder = TextEmbedder.load(folder / "encoder")
+            embedder = TextEmbedder.load(folder / "encoder", trust_remote_code=trust_remote_code)
         try:
             rankers = LinearTree.load(folder / "rankers")
         except ValueError as error:

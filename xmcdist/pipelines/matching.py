@@ -75,7 +75,7 @@ def _tokens_stage(run: Run) -> Path:
         if run.world.is_main:
             load_tokenizer(cfg, run.data.texts("trn").iterate()).save_pretrained(folder / "tokenizer")
         run.world.barrier()
-        tokenizer = open_tokenizer(folder / "tokenizer")
+        tokenizer = _open_tokenizer(run, folder)
         encode = encode_fn(tokenizer, cfg.max_length)
         pad = int(tokenizer.pad_token_id)
         for split in ("trn", "tst") if run.data.has_test else ("trn",):
@@ -111,7 +111,7 @@ class _Level:
         self.tokens = TokenShards.open(self.tokens_folder / "tokens.trn")
         self.Y = open_csr(self.tree_folder / f"Y.level-{t}")
         M = self._matching()
-        encoder = load_encoder(cfg.encoder, cfg.seed) if self.above is None else Encoder.load(self.above / "encoder")
+        encoder = load_encoder(cfg.encoder, cfg.seed) if self.above is None else _open_encoder(run, self.above)
         encoder = _restore_switches(encoder, run)
         self.shard = LabelShard(run.world.rank, run.world.world_size, self.tree.level_size(t))
         head = ShardedHead(self.shard, encoder.dim, seed=cfg.seed, level=t)
@@ -191,7 +191,7 @@ class _Level:
         """Write encoder, head, embeddings of all training documents, and what the level retrieves."""
         run = self.run
         if run.world.is_main:
-            encoder.save(self.folder / "encoder", open_tokenizer(self.tokens_folder / "tokenizer"))
+            encoder.save(self.folder / "encoder", _open_tokenizer(run, self.tokens_folder))
         write_rows(self.folder / "head.npy", head.weight.detach().float().cpu().numpy(), run.world)
         write_rows(self.folder / "bias.npy", head.bias.detach().float().cpu().numpy(), run.world)
         start, stop = run.own(self.tokens.num_docs)
@@ -243,7 +243,7 @@ def _embed_stage(run: Run, engine: Engine, tokens_folder: Path, last: Path, leve
     """Unit embeddings of all documents by the finished encoder."""
 
     def body(folder: Path) -> None:
-        encoder = Encoder.load(last / "encoder").to(engine.device)
+        encoder = _open_encoder(run, last).to(engine.device)
         for split in ("trn", "tst") if run.data.has_test else ("trn",):
             tokens = TokenShards.open(tokens_folder / f"tokens.{split}")
             start, stop = run.own(tokens.num_docs)
@@ -253,13 +253,21 @@ def _embed_stage(run: Run, engine: Engine, tokens_folder: Path, last: Path, leve
                 part = _embed(run, encoder, tokens, np.arange(start, stop))
             write_rows(folder / f"E.{split}.npy", unit_vectors(part), run.world)
         if run.world.is_main:
-            encoder.save(folder / "encoder", open_tokenizer(tokens_folder / "tokenizer"))
+            encoder.save(folder / "encoder", _open_tokenizer(run, tokens_folder))
 
     return run.stages.run("embed", run.inputs(after=("tokens", f"match-{level}")), body)
 
 
 def _embed(run: Run, encoder: Encoder, tokens: TokenShards, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     return embed(encoder, tokens, ids, device=run.world.device, precision=run.cfg.engine.precision)
+
+
+def _open_encoder(run: Run, stage: Path) -> Encoder:
+    return Encoder.load(stage / "encoder", trust_remote_code=run.cfg.encoder.trust_remote_code)
+
+
+def _open_tokenizer(run: Run, tokens_stage: Path) -> Any:
+    return open_tokenizer(tokens_stage / "tokenizer", trust_remote_code=run.cfg.encoder.trust_remote_code)
 
 
 def _restore_switches(encoder: Encoder, run: Run) -> Encoder:
