@@ -114,7 +114,7 @@ def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
         ),
         (
             cfg.optimizer.head == "sparse_adam" and cfg.optimizer.weight_decay > 0,
-            f"optimizer.weight_decay={cfg.optimizer.weight_decay} has no effect on optimizer.head=sparse_adam: set it to 0",
+            f"optimizer.weight_decay={cfg.optimizer.weight_decay} has no effect on optimizer.head=sparse_adam: use 0",
         ),
         (m.bootstrap_c <= 0, f"matcher.bootstrap_c={m.bootstrap_c} must be positive"),
         (
