@@ -104,7 +104,12 @@ class _State:
             "encoder": dict(self.encoder.state_dict()) | best_encoder,
             "optimizer": moments(self.encoder_optimizer, self.encoder),
             "head": head | {k: v for k, v in best.items() if k.startswith(_BEST_HEAD)},
-            "extra": {"best": self.best, "best_step": self.best_step, "bad": self.bad, "head_steps": steps},
+            "extra": {
+                "best": self.best if math.isfinite(self.best) else None,
+                "best_step": self.best_step,
+                "bad": self.bad,
+                "head_steps": steps,
+            },
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -117,7 +122,7 @@ class _State:
         self.head.load_rows(head.pop("weight"), head.pop("bias"))
         head |= {k: torch.tensor([v]) for k, v in extra["head_steps"].items()}
         load_moments(self.head_optimizer, self.head, head)
-        self.step, self.best = int(saved["step"]), float(extra["best"])
+        self.step, self.best = int(saved["step"]), -math.inf if extra["best"] is None else float(extra["best"])
         self.best_step, self.bad = int(extra["best_step"]), int(extra["bad"])
 
 
