@@ -3,8 +3,9 @@
 `LabelShard` is the only place in xmcdist that turns (rank, world size) into a
 label range.  Everything else asks a shard; nobody else writes ``rank * L // W``.
 
-Ranges are half-open ``[start, stop)`` and differ in size by at most one label,
-so no padding label exists and no label is owned twice or by nobody.
+Ranges are half-open ``[start, stop)`` of ceil(labels / ranks) labels, the last shorter or
+empty: torch's own cut of a row-sharded DTensor, so that checkpoints are its, too.  No
+padding label exists and no label is owned twice or by nobody.
 """
 
 from __future__ import annotations
@@ -33,19 +34,26 @@ class LabelShard:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank ({self.rank}) must be in [0, world_size={self.world_size})")
-        if self.num_labels < self.world_size:
-            raise ValueError(
-                f"cannot shard {self.num_labels} labels over {self.world_size} ranks: "
-                "some ranks would own none. Start fewer processes."
-            )
+        if self.num_labels < 1:
+            raise ValueError(f"num_labels={self.num_labels} must be at least 1")
+
+    @property
+    def widest(self) -> int:
+        """Rows of the largest shard."""
+        return -(-self.num_labels // self.world_size)
 
     @property
     def start(self) -> int:
-        return row_range(self.num_labels, self.rank, self.world_size)[0]
+        return min(self.rank * self.widest, self.num_labels)
 
     @property
     def stop(self) -> int:
-        return row_range(self.num_labels, self.rank, self.world_size)[1]
+        return min((self.rank + 1) * self.widest, self.num_labels)
+
+    @property
+    def cuts(self) -> list[int]:
+        """First row of every shard and the end, ``[world_size + 1]``."""
+        return [min(r * self.widest, self.num_labels) for r in range(self.world_size + 1)]
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -60,5 +68,4 @@ class LabelShard:
 
     def owner_of(self, labels: Tensor) -> Tensor:
         """The rank that owns each global label id; same shape, int64."""
-        top = (labels.to(torch.int64) + 1) * self.world_size - 1
-        return torch.div(top, self.num_labels, rounding_mode="floor")
+        return torch.div(labels.to(torch.int64), self.widest, rounding_mode="floor")

@@ -51,12 +51,6 @@ def match_stages(run: Run, tree_folder: Path) -> Path:
             f"matcher.max_clusters={run.cfg.matcher.max_clusters} is below the {tree.level_size(1)} nodes of the first "
             "level, so there is nothing to fine-tune: raise it, or lower tree.nr_splits"
         )
-    smallest = min(tree.level_size(t) for t in levels)
-    if smallest < run.world.world_size:
-        raise UserError(
-            f"the first level's {smallest} nodes cannot be shared out over {run.world.world_size} processes: "
-            f"start fewer, or raise tree.min_codes"
-        )
     tokens = _tokens_stage(run)
     engine = Engine(run.cfg.engine, run.world)
     above: Path | None = None

@@ -24,7 +24,7 @@ def prepare_data(cfg: RunConfig, world: World, say: Callable[[str], None]) -> Pr
     """Read and check the data set, or open what was prepared before; collective.
 
     Raises:
-        UserError: a fault of the data, with file and line; or fewer labels than processes.
+        UserError: a fault of the data, with file and line.
     """
     folder = prepared_folder(cfg)
     if world.is_main:
@@ -32,11 +32,6 @@ def prepare_data(cfg: RunConfig, world: World, say: Callable[[str], None]) -> Pr
             prepare(cfg.dataset, folder)
     world.barrier()
     data = PreparedDataset.open(folder)
-    if data.num_labels < world.world_size:
-        raise UserError(
-            f"{data.num_labels} labels cannot be shared out over {world.world_size} processes: "
-            f"start at most {data.num_labels}"
-        )
     if world.is_main:
         for warning in data.warnings:
             say(f"note: {warning}")
