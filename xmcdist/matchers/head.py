@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xmcdist.matchers.pair_kernels import dot_pairs, spread_to_docs, spread_to_rows
-from xmcdist.parallel.collectives import all_gather_ragged, gather_objects
 from xmcdist.parallel.shards import LabelShard
 
 __all__ = ["PAIR_COST", "SCORINGS", "ShardedHead", "score_pairs"]
@@ -32,7 +31,6 @@ assumed, from the ratio of arithmetic to memory speed; not measured.
 
 _INIT_STD = 0.02
 _INIT_ROWS = 256  # rows drawn from one key
-_GATHER_ROWS = 1024  # parent rows that each rank shows at once in `inherit`
 _CHUNK = 1 << 22  # gathered elements held at once without a compiled kernel
 
 
@@ -78,30 +76,6 @@ class ShardedHead(nn.Module):
         with torch.no_grad():
             self.weight.copy_(W)
             self.bias.copy_(b)
-
-    def inherit(self, above: ShardedHead, parents: NDArray[np.int64]) -> None:
-        """Start every row as its parent's in the head of the level above; collective.
-
-        Args:
-            above: head of the level above, shared out over the same ranks.
-            parents: int64 ``[K]``, node of the level above for each node of this one, rising.
-
-        Cost: every rank sees all K_above rows once, W * 1024 of them at a time.
-        """
-        mine = np.asarray(parents, dtype=np.int64)[self.start : self.stop]
-        rows = torch.cat([above.weight.detach(), above.bias.detach().unsqueeze(1)], dim=1)
-        ranges = gather_objects((above.start, above.stop))
-        longest = max(stop - start for start, stop in ranges)
-        new = torch.empty(len(mine), self.dim + 1, dtype=rows.dtype, device=rows.device)
-        for at in range(0, longest, _GATHER_ROWS):
-            parts = all_gather_ragged(rows[at : at + _GATHER_ROWS].contiguous())
-            for (start, _), part in zip(ranges, parts, strict=True):
-                first, last = np.searchsorted(mine, [start + at, start + at + len(part)])
-                wanted = torch.from_numpy(mine[first:last] - start - at).to(part.device)
-                new[first:last] = part[wanted]
-        with torch.no_grad():
-            self.weight.copy_(new[:, :-1])
-            self.bias.copy_(new[:, -1])
 
     def forward(self, E: Tensor, doc: Tensor, row: Tensor, scoring: str = "auto") -> Tensor:
         """`score_pairs` with the owned rows."""

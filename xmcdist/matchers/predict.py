@@ -1,6 +1,9 @@
 """The best clusters of one level for many documents, scored where their rows are.
 
-Letters: N documents, K nodes of the level, d width, b documents of a block.
+Every rank brings its own documents and takes their best away.  In between, documents visit
+the ranks that hold the level's rows, a block of them at a time.
+
+Letters: n own documents, K nodes of the level, d width, b documents of a block over all ranks.
 """
 
 from __future__ import annotations
@@ -15,13 +18,15 @@ from numpy.typing import NDArray
 from xmcdist.matchers.candidates import children_of
 from xmcdist.matchers.head import ShardedHead, score_pairs
 from xmcdist.matchers.pair_kernels import top_of_rows
-from xmcdist.parallel.collectives import NO_LABEL, merge_topk
-from xmcdist.parallel.launch import World
+from xmcdist.parallel.collectives import all_gather_ragged, gather_objects
+from xmcdist.parallel.exchange import Rows, gather_csr, merge_rows
+from xmcdist.parallel.mesh import Mesh
 from xmcdist.sparse.csr import row_slice
 
 __all__ = ["POST_PROCESSORS", "post_processor_of", "predict_level"]
 
 _MAX_SCORES = 1 << 24  # of a block: dense scoring holds 64 MB of them
+_EMPTY = -1  # a slot that a small shard cannot fill
 
 
 def _l3_hinge(v: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -51,35 +56,37 @@ def predict_level(
     child_ptr: NDArray[np.int64],
     beam: int,
     post_processor: str,
-    world: World,
-    block: int = 1024,
+    mesh: Mesh,
+    block: int = 4096,
     scoring: str = "auto",
 ) -> sp.csr_matrix:
     """One step of a beam search, labels in parallel; collective.
 
-    Each rank scores its own rows among the children of the kept parents, for every
-    document, and keeps its best; the best of all ranks are merged, ties to the smaller id.
+    Each rank scores its own rows among the children of the kept parents, for the documents of
+    all ranks of its replica, and keeps its best; these go to the rank of the document, which
+    merges them, ties to the smaller id.
 
     Args:
-        E: document vectors ``[N, d]``, the same on every rank; may be memory-mapped.
+        E: vectors of this rank's own documents ``[n, d]``, n free; may be memory-mapped.
         head: this rank's rows.
-        parent_scores: ``[N, K_above]``; stored entries, 0 included, are the kept parents.
+        parent_scores: ``[n, K_above]``; stored entries, 0 included, are the kept parents.
             None: the root, with score 1, at level 1.
         child_ptr: int64 ``[K_above + 1]``.
         beam: nodes kept a document.
         post_processor: ``l3-hinge`` or ``sigmoid``.
-        world: who takes part.
-        block: most documents at a time.
+        mesh: who takes part.
+        block: most documents at a time, over all ranks of the replica.
         scoring: as in `score_pairs`.
 
     Returns:
-        ``[N, K]`` CSR float32, at most ``beam`` entries a row, indices ascending, scores of
-        exactly 0 stored; the same on every rank.
+        ``[n, K]`` CSR float32 of the own documents, at most ``beam`` entries a row, indices
+        ascending, scores of exactly 0 stored.
 
     Raises:
         ValueError: an unknown post-processor, or shapes that do not fit.
 
-    Cost: N x (children of a beam) / W dot products a rank, and N x beam x W gathered pairs.
+    Cost: documents of the replica x (children of a beam) / S dot products a rank; it sends
+    each own document's vector to S - 1 ranks, and ``beam`` (id, score) pairs for each of theirs.
     """
     if post_processor not in POST_PROCESSORS:
         raise ValueError(f"post_processor={post_processor!r} is none of {', '.join(POST_PROCESSORS)}")
@@ -92,15 +99,14 @@ def predict_level(
             f"or the head's {head.shard.num_labels} nodes are not the level's {nodes}"
         )
     beam = min(beam, nodes)
-    widest = -(-nodes // world.world_size)  # not the own share: ranks must take the same blocks
-    block = max(1, min(block, _MAX_SCORES // widest))
+    step = max(1, min(block, _MAX_SCORES // head.shard.widest) // mesh.shards)
+    most = max(gather_objects(len(E), mesh.shard_group))  # all take part until the last rank is through
     rows = []
-    for start in range(0, len(E), block):
-        stop = min(start + block, len(E))
-        part = row_slice(parent_scores, start, stop)
-        vectors = np.array(E[start:stop], dtype=np.float32)  # a copy: torch wants writable memory
-        rows.append(_predict_block(vectors, head, part, child_ptr, beam, post_processor, scoring))
-    lengths = np.concatenate([np.zeros(1, np.int64), *(r[0] for r in rows)])
+    for start in range(0, most, step):
+        part = row_slice(parent_scores, min(start, len(E)), min(start + step, len(E)))
+        vectors = np.array(E[start : start + step], dtype=np.float32)  # a copy: torch wants writable memory
+        rows.append(_predict_block(vectors, head, part, child_ptr, beam, post_processor, scoring, mesh))
+    lengths = np.concatenate([np.zeros(1, np.int64), *(np.diff(r[0]) for r in rows)])
     ids = np.concatenate([np.zeros(0, np.int32), *(r[1].astype(np.int32) for r in rows)])
     scores = np.concatenate([np.zeros(0, np.float32), *(r[2] for r in rows)])
     return sp.csr_matrix((scores, ids, np.cumsum(lengths)), shape=(len(E), nodes))
@@ -108,27 +114,27 @@ def predict_level(
 
 @torch.no_grad()
 def _predict_block(
-    E: NDArray[np.float32],
+    own: NDArray[np.float32],
     head: ShardedHead,
     parents: sp.csr_matrix,
     child_ptr: NDArray[np.int64],
     beam: int,
     post_processor: str,
     scoring: str,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Row lengths, node ids (ascending in a row) and scores of a block's best."""
+    mesh: Mesh,
+) -> Rows:
+    """The best of a block's own documents."""
     device = head.weight.device
-    doc_ptr, row, parent = children_of(parents, child_ptr, head.start, head.stop)
+    visitors = all_gather_ragged(torch.from_numpy(own).to(device), mesh.shard_group)
+    sizes, E = [len(v) for v in visitors], torch.cat(visitors)
+    doc_ptr, row, parent = children_of(gather_csr(parents, mesh.shard_group), child_ptr, head.start, head.stop)
     doc = np.repeat(np.arange(len(E), dtype=np.int64), np.diff(doc_ptr))
-    vectors, docs, rows = (torch.from_numpy(x).to(device) for x in (E, doc, row))
-    raw = score_pairs(vectors, head.weight, head.bias, docs, rows, scoring)
+    docs, rows = (torch.from_numpy(x).to(device) for x in (doc, row))
+    raw = score_pairs(E, head.weight, head.bias, docs, rows, scoring)
     score = POST_PROCESSORS[post_processor](raw.cpu().numpy()) * parent
     best = np.full((len(E), beam), -np.inf, dtype=np.float32)
-    node = np.full((len(E), beam), NO_LABEL, dtype=np.int64)
+    node = np.full((len(E), beam), _EMPTY, dtype=np.int64)
     top_of_rows(doc_ptr, row + head.start, score, best, node)
-    merged = merge_topk(torch.from_numpy(best).to(device), torch.from_numpy(node).to(device), k=beam)
-    best, node = merged[0].cpu().numpy(), merged[1].cpu().numpy()
-    order = np.argsort(np.where(node == NO_LABEL, np.iinfo(np.int64).max, node), axis=1, kind="stable")
-    best, node = np.take_along_axis(best, order, 1), np.take_along_axis(node, order, 1)
-    kept = node != NO_LABEL
-    return kept.sum(1).astype(np.int64), node[kept], best[kept]
+    kept = node != _EMPTY
+    ptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept.sum(1), dtype=np.int64)])
+    return merge_rows((ptr, node[kept], best[kept]), sizes, beam, mesh.shard_group)

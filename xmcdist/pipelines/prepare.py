@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from xmcdist.checkpoint.atomic import no_space_is_clear
-from xmcdist.config.errors import UserError
 from xmcdist.config.schema import RunConfig
 from xmcdist.data.dataset import PreparedDataset
 from xmcdist.data.prepare import prepare
