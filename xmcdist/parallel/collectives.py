@@ -36,7 +36,6 @@ __all__ = [
     "all_gather_ragged",
     "all_reduce",
     "all_reduce_array",
-    "any_rank",
     "barrier",
     "broadcast_object",
     "check_same",
@@ -115,11 +114,6 @@ def all_reduce(x: Tensor, op: str = "sum", group: dist.ProcessGroup | None = Non
 def all_reduce_array(x: NDArray[Any], group: dist.ProcessGroup | None = None) -> NDArray[Any]:
     """Sum of a numpy array over ranks (int64 or float64); the input is left as it was."""
     return all_reduce(torch.from_numpy(np.ascontiguousarray(x)), "sum", group).numpy()
-
-
-def any_rank(flag: bool, device: torch.device, group: dist.ProcessGroup | None = None) -> bool:
-    """True on every rank when it is true on at least one."""
-    return bool(all_reduce(torch.tensor(int(flag), device=device), "max", group).item())
 
 
 def all_gather_ragged(x: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:

@@ -96,12 +96,7 @@ def setup(*, use_gpu: bool = True, timeout_s: int = 1800) -> World:
     if world_size > 1 and not dist.is_initialized():
         if not cuda and socket.gethostname() and _int("LOCAL_WORLD_SIZE", 1) == world_size:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: do not resolve its name
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
-        )
+        _join("cpu:gloo,cuda:nccl" if cuda else "gloo", rank, world_size, timedelta(seconds=timeout_s))
     return World(rank, world_size, local_rank, max(local_size, 1), "cuda" if cuda else "cpu")
 
 
@@ -109,9 +104,30 @@ def shutdown() -> None:
     """Leave the job in order: without the barrier, gloo aborts some ranks at exit."""
     import torch.distributed as dist
 
+    from xmcdist.parallel import watch
+
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+        watch.stop()
         dist.destroy_process_group()
+
+
+def _join(backend: str, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Start the process group, and let the other ranks see where this one is."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    from xmcdist.parallel import watch
+
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    dist.init_process_group(
+        backend, store=PrefixStore("group", store), rank=rank, world_size=world_size, timeout=timeout
+    )
+    # A handle of its own where there is one: the main thread may wait in its for long.
+    own = store.clone() if hasattr(store, "clone") else store
+    watch.start(PrefixStore("watch", own), rank, world_size)
 
 
 def _int(name: str, default: int) -> int:
