@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 from xmcdist.config.compose import compose_run, conf_dir, register, to_object
 from xmcdist.config.errors import UserError
 from xmcdist.parallel.launch import rank_from_environment
+from xmcdist.parallel.watch import CollectiveError
 
 __all__ = ["run"]
+
+_FIRST_WORD_S = 3.0
 
 
 def run(config_name: str, body: Callable[[Any], None]) -> None:
@@ -38,6 +42,12 @@ def run(config_name: str, body: Callable[[Any], None]) -> None:
                 sys.stdout.flush()
             except UserError as error:
                 _give_up(error, rank)
+            except CollectiveError as error:
+                # The fault lies with another rank, which tells it; this one says whom it waited for.
+                if os.environ.get("XMCDIST_DEBUG") == "1":
+                    traceback.print_exc()
+                print(f"xmcdist: rank {rank}: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
             except BrokenPipeError:  # the reader of our output, such as head, has left
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(0)
@@ -53,9 +63,15 @@ def run(config_name: str, body: Callable[[Any], None]) -> None:
 
 
 def _give_up(error: UserError, rank: int) -> None:
+    world_size = rank_from_environment()[1]
     if os.environ.get("XMCDIST_DEBUG") == "1":
         traceback.print_exc()
     if rank == 0:
         print(f"xmcdist: error: {error}", file=sys.stderr, flush=True)
+    elif world_size > 1:
+        # Most such errors come to all ranks alike, and the first has said it: then the launcher
+        # ends this process while it waits. If not, it is this rank's own.
+        time.sleep(_FIRST_WORD_S)
+        print(f"xmcdist: rank {rank}: error: {error}", file=sys.stderr, flush=True)
     # A rank that is alone in its error must not wait for the others in interpreter shutdown.
-    os._exit(2) if rank_from_environment()[1] > 1 else sys.exit(2)
+    os._exit(2) if world_size > 1 else sys.exit(2)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from numpy.typing import NDArray
 
 from xmcdist.checkpoint.parts import write_csr, write_rows
@@ -23,8 +22,7 @@ from xmcdist.matchers.candidates import CandidateSource
 from xmcdist.matchers.head import ShardedHead
 from xmcdist.matchers.predict import post_processor_of, predict_level
 from xmcdist.negatives.schemes import active_parents
-from xmcdist.parallel.collectives import all_reduce
-from xmcdist.parallel.shards import LabelShard
+from xmcdist.parallel.collectives import all_reduce_array
 from xmcdist.pipelines.levels import per_level, root_rows
 from xmcdist.pipelines.run import Run
 from xmcdist.rankers.solver import SolverParams, solve_level
@@ -107,7 +105,7 @@ class _Level:
         M = self._matching()
         encoder = load_encoder(cfg.encoder, cfg.seed) if self.above is None else _open_encoder(run, self.above)
         encoder = _restore_switches(encoder, run)
-        self.shard = LabelShard(run.world.rank, run.world.world_size, self.tree.level_size(t))
+        self.shard = run.mesh.label_shard(self.tree.level_size(t))
         head = ShardedHead(self.shard, encoder.dim, seed=cfg.seed, level=t)
         saved = latest(folder / "checkpoints", run.world)
         if saved is None and self.above is not None:
@@ -186,23 +184,24 @@ class _Level:
         run = self.run
         if run.world.is_main:
             encoder.save(self.folder / "encoder", _open_tokenizer(run, self.tokens_folder))
-        write_rows(self.folder / "head.npy", head.weight.detach().float().cpu().numpy(), run.world)
-        write_rows(self.folder / "bias.npy", head.bias.detach().float().cpu().numpy(), run.world)
-        start, stop = run.own(self.tokens.num_docs)
-        own = _embed(run, encoder, self.tokens, np.arange(start, stop))
-        write_rows(self.folder / "E.npy", own, run.world)
-        E = np.load(self.folder / "E.npy", mmap_mode="r", allow_pickle=False)
-        P = self._beam(E, head, np.arange(self.tokens.num_docs))
-        recall = _recall(P, self.Y)
+        rows = slice(None) if run.mesh.replica == 0 else slice(0)  # one copy of them
+        write_rows(self.folder / "head.npy", head.weight.detach()[rows].float().cpu().numpy(), run.world)
+        write_rows(self.folder / "bias.npy", head.bias.detach()[rows].float().cpu().numpy(), run.world)
+        own = np.arange(*run.own(self.tokens.num_docs))
+        E = _embed(run, encoder, self.tokens, own)
+        write_rows(self.folder / "E.npy", E, run.world)
+        P = self._beam(E, head, own)
+        recall = _recall(P, self.Y[own])
         run.log.metrics({"level": self.t, "beam_recall": recall})
         run.log.say(f"match-{self.t}: its beam of {run.cfg.matcher.beam} holds {100 * recall:.1f} % of the true nodes")
-        write_csr(self.folder / "P", P[start:stop], run.world)
+        write_csr(self.folder / "P", P, run.world)
 
     def _beam(self, E: NDArray[np.float32], head: ShardedHead, ids: NDArray[np.int64]) -> sp.csr_matrix:
+        """What this rank's documents ``ids`` with vectors E retrieve; collective."""
         parents = None if self.above is None else open_csr(self.above / "P")[ids]
         cfg = self.run.cfg.matcher
         post = post_processor_of(cfg.loss)
-        return predict_level(E, head, parents, self.child_ptr, cfg.beam, post, self.run.world, scoring=cfg.scoring)
+        return predict_level(E, head, parents, self.child_ptr, cfg.beam, post, self.run.mesh, scoring=cfg.scoring)
 
     # what the loop calls
 
@@ -222,13 +221,9 @@ class _Level:
 
     def evaluate(self, encoder: Encoder, head: ShardedHead) -> float:
         """Beam recall of this level on the held-out documents."""
-        ids, world = self.validation_ids, self.run.world
-        mine = ids[slice(*self.run.own(len(ids)))]
-        part = _embed(self.run, encoder, self.tokens, mine)
-        E = np.zeros((len(ids), part.shape[1]), dtype=np.float32)
-        E[slice(*self.run.own(len(ids)))] = part
-        E = all_reduce(torch.from_numpy(E).to(world.device)).cpu().numpy()
-        recall = _recall(self._beam(E, head, ids), self.Y[ids])
+        mine = self.validation_ids[slice(*self.run.own(len(self.validation_ids)))]
+        E = _embed(self.run, encoder, self.tokens, mine)
+        recall = _recall(self._beam(E, head, mine), self.Y[mine])
         self.run.log.metrics({"level": self.t, "validation_beam_recall": recall})
         return recall
 
@@ -272,7 +267,8 @@ def _restore_switches(encoder: Encoder, run: Run) -> Encoder:
 
 
 def _recall(P: sp.csr_matrix, Y: sp.csr_matrix) -> float:
-    """Share of true nodes that were retrieved."""
+    """Share of the true nodes of all ranks' documents that were retrieved; collective."""
     found, true = P.copy(), sp.csr_matrix(Y, copy=True)
     found.data[:], true.data[:] = 1, 1
-    return float(found.multiply(true).sum() / max(true.nnz, 1))
+    hits, positives = all_reduce_array(np.array([found.multiply(true).nnz, true.nnz]))
+    return float(hits / max(positives, 1))

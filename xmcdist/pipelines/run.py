@@ -13,6 +13,7 @@ from xmcdist.config.schema import RunConfig
 from xmcdist.data.dataset import PreparedDataset
 from xmcdist.observability.log import RunLog
 from xmcdist.parallel.launch import World
+from xmcdist.parallel.mesh import Mesh
 from xmcdist.parallel.shards import row_range
 
 __all__ = ["Run", "shaping_settings"]
@@ -34,13 +35,14 @@ _FREE_GROUPS = {"tracker", "checkpoint", "evaluation"}
 
 @dataclass
 class Run:
-    """One run: its settings, its place among the ranks, its log, its stages, its data."""
+    """One run: its settings, its place among the ranks and shards, its log, its stages, its data."""
 
     cfg: RunConfig
     world: World
     log: RunLog
     stages: StageStore
     data: PreparedDataset
+    mesh: Mesh
 
     def own(self, rows: int) -> tuple[int, int]:
         """This rank's contiguous share of ``rows`` documents."""

@@ -22,6 +22,7 @@ from xmcdist.observability.environment import peak_memory_mb, versions
 from xmcdist.observability.log import RunLog
 from xmcdist.parallel.collectives import gather_objects
 from xmcdist.parallel.launch import World, has_bf16
+from xmcdist.parallel.mesh import Mesh
 from xmcdist.pipelines.evaluation import TABLE_KEYS, label_frequency, measure
 from xmcdist.pipelines.export import export_stage
 from xmcdist.pipelines.features import features_stage
@@ -57,13 +58,14 @@ def train(cfg: RunConfig, world: World) -> dict[str, Any]:
         from xmcdist.encoders.hf import check_available
 
         check_available(cfg.encoder)
+    mesh = Mesh.build(world)
     cfg = _decide_precision(cfg, world)
     data = prepare_data(cfg, world, log.say)
     if cfg.encoder.preset != "none" and not data.has_text:
         raise UserError("this data set has features but no texts, so only the linear path is open: set encoder=none")
     stages.remember(settings)
     stages.seconds["prepare"] = time.perf_counter() - started
-    run = Run(cfg, world, log, stages, data)
+    run = Run(cfg, world, log, stages, data, mesh)
     _start_trackers(run)
     log.say(
         f"{data.num_docs('trn')} documents, {data.num_labels} labels, {world.world_size} "
