@@ -18,12 +18,14 @@ POST_PROCESSORS = (
 )
 
 _SCHEMES = ("tfn", "man", "tfn+man")
+_MATCHER_SCHEMES = (*_SCHEMES, "consistent", "tfn+man+consistent")
 _CHOICES: dict[str, Sequence[str]] = {
     "dataset.format": ("auto", "text", "xc", "jsonl", "csv", "parquet"),
     "features.kind": ("auto", "tfidf", "given"),
     "encoder.preset": ("none", "minilm", "tiny", "hf"),
     "encoder.pooling": ("cls", "mean", "pooler"),
-    "negatives.scheme": _SCHEMES,
+    "negatives.scheme": _MATCHER_SCHEMES,
+    "negatives.weight": ("none", "score"),
     "matcher.loss": ("weighted_squared_hinge", "squared_hinge", "bce"),
     "matcher.bootstrap": ("linear", "weighted-linear", "inherit", "none"),
     "matcher.scoring": ("auto", "dense", "pairs"),
@@ -49,6 +51,7 @@ _AT_LEAST: dict[str, float] = {
     "matcher.eval_every": 1,
     "matcher.patience": 1,
     "negatives.max_active": 1,
+    "negatives.confusions_per_cluster": 1,
     "optimizer.lr": 0,
     "optimizer.weight_decay": 0,
     "optimizer.clip": 0,
@@ -85,7 +88,7 @@ def check_run(cfg: RunConfig, world_size: int) -> list[str]:
 
 
 def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
-    f, e, m, r = cfg.features, cfg.encoder, cfg.matcher, cfg.ranker
+    f, e, m, n, r = cfg.features, cfg.encoder, cfg.matcher, cfg.negatives, cfg.ranker
     last = r.last_post_processor
     ngrams = [(n, g) for n, g in (("word", f.word_ngrams), ("char", f.char_ngrams)) if g is not None]
     return [
@@ -115,6 +118,14 @@ def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
         (
             cfg.optimizer.head == "sparse_adam" and cfg.optimizer.weight_decay > 0,
             f"optimizer.weight_decay={cfg.optimizer.weight_decay} has no effect on optimizer.head=sparse_adam: use 0",
+        ),
+        (
+            n.weight == "score" and n.scheme == "tfn",
+            "negatives.weight=score has no effect on negatives.scheme=tfn, which takes true clusters only: use none",
+        ),
+        (
+            not 0 < n.consistent_share <= 1,
+            f"negatives.consistent_share={n.consistent_share} is a share of a cluster's documents, in (0, 1]",
         ),
         (m.bootstrap_c <= 0, f"matcher.bootstrap_c={m.bootstrap_c} must be positive"),
         (

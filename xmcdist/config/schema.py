@@ -95,8 +95,11 @@ class EncoderConfig:
 class NegativesConfig:
     """Which clusters' children compete with a document's positives while the matcher trains."""
 
-    scheme: str = "tfn+man"  # tfn | man | tfn+man
+    scheme: str = "tfn+man"  # tfn | man | tfn+man | consistent | tfn+man+consistent
+    weight: str = "none"  # none | score: in the loss, by the matcher's probability of a retrieved parent
     max_active: int = 1000  # most candidates a document; positives are always kept
+    confusions_per_cluster: int = 16  # wrong clusters kept for each true one
+    consistent_share: float = 0.1  # of a cluster's documents: what counts as consistently wrong
 
 
 @dataclass

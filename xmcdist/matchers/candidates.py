@@ -32,12 +32,14 @@ class Candidates:
         node: int64 ``[p]``, ascending within a document; counted from the first owned node
             after `restrict`.
         value: float32 ``[p]``, the label count of a positive, 0 for a negative.
+        weight: float32 ``[p]``, of the pair in the loss: 1 for a positive.
         counts: int64 ``[b]``, candidates over all ranks.
     """
 
     doc_ptr: I64
     node: I64
     value: F32
+    weight: F32
     counts: I64
 
     @property
@@ -52,7 +54,9 @@ class Candidates:
         """Only nodes of ``[start, stop)``, counted from ``start``; ``counts`` stay those of all."""
         mine = (self.node >= start) & (self.node < stop)
         before = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(mine, dtype=np.int64)])
-        return Candidates(before[self.doc_ptr], self.node[mine] - start, self.value[mine], self.counts)
+        return Candidates(
+            before[self.doc_ptr], self.node[mine] - start, self.value[mine], self.weight[mine], self.counts
+        )
 
     def take(self, places: ArrayLike) -> Candidates:
         """Some documents of the batch, in the order of their places in it."""
@@ -60,27 +64,37 @@ class Candidates:
         lengths = np.diff(self.doc_ptr)[at]
         ptr = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
         pairs = np.arange(ptr[-1]) + np.repeat(self.doc_ptr[at] - ptr[:-1], lengths)
-        return Candidates(ptr, self.node[pairs], self.value[pairs], self.counts[at])
+        return Candidates(ptr, self.node[pairs], self.value[pairs], self.weight[pairs], self.counts[at])
 
 
 class CandidateSource:
     """Candidates of any documents of a level at any step.
 
     Args:
-        M: active parents ``[N, K_above]``, indices ascending; values are not looked at.
+        M: active parents ``[N, K_above]``, indices ascending.
         Y: labels lifted to this level ``[N, K]``, counts, indices ascending.
         child_ptr: int64 ``[K_above + 1]``: children of node p are ``child_ptr[p] : child_ptr[p + 1]``.
         max_active: most candidates a document.  Positives are always kept, even when there
             are more; negatives are drawn from without replacement, all equally likely.
         seed: with ``level``, the step and the document id, what negatives are drawn by.
         level: number of the level.
+        weighted: a negative weighs what M stores for its parent; otherwise M's values are not
+            looked at and all weigh 1.  Which are drawn does not depend on weights.
 
     Raises:
         ValueError: the shapes do not fit together, or ``max_active`` is below 1.
     """
 
     def __init__(
-        self, M: sp.csr_matrix, Y: sp.csr_matrix, child_ptr: I64, *, max_active: int, seed: int, level: int
+        self,
+        M: sp.csr_matrix,
+        Y: sp.csr_matrix,
+        child_ptr: I64,
+        *,
+        max_active: int,
+        seed: int,
+        level: int,
+        weighted: bool = False,
     ) -> None:
         if M.shape != (Y.shape[0], len(child_ptr) - 1) or Y.shape[1] != int(child_ptr[-1]):
             raise ValueError(
@@ -92,7 +106,7 @@ class CandidateSource:
         self.num_docs, self.num_nodes = int(Y.shape[0]), int(Y.shape[1])
         self._M, self._Y = M, Y
         self._child_ptr = np.ascontiguousarray(child_ptr, dtype=np.int64)
-        self._max_active = max_active
+        self._max_active, self._weighted = max_active, weighted
         self._key = int(np.random.SeedSequence((seed, level)).generate_state(1, np.uint64)[0])
 
     def of(self, ids: ArrayLike, step: int) -> Candidates:
@@ -101,12 +115,12 @@ class CandidateSource:
         Cost: O(children of active parents + positives) of these documents.
         """
         docs = np.asarray(ids, dtype=np.int64)
-        M_ptr, parents, _ = _rows(self._M, docs)
+        M_ptr, parents, stored = _rows(self._M, docs)
         Y_ptr, positives, values = _rows(self._Y, docs)
         room = _room(M_ptr, parents, Y_ptr, self._child_ptr)
-        doc_ptr, node, value = _union(
+        doc_ptr, node, value, weight = _union(
             docs,
-            (M_ptr, parents),
+            (M_ptr, parents, stored if self._weighted else np.ones_like(stored)),
             (Y_ptr, positives, values),
             self._child_ptr,
             self._max_active,
@@ -114,8 +128,9 @@ class CandidateSource:
             np.uint64(step),
             np.empty(room, np.int64),
             np.empty(room, np.float32),
+            np.empty(room, np.float32),
         )
-        return Candidates(doc_ptr, node, value, np.diff(doc_ptr))
+        return Candidates(doc_ptr, node, value, weight, np.diff(doc_ptr))
 
 
 def children_of(parents: sp.csr_matrix, child_ptr: I64, start: int, stop: int) -> tuple[I64, I64, F32]:
@@ -167,7 +182,7 @@ def _mix(x: np.uint64) -> np.uint64:
 @njit(cache=True)
 def _union(
     docs: I64,
-    M: tuple[I64, I64],
+    M: tuple[I64, I64, F32],
     Y: tuple[I64, I64, F32],
     child_ptr: I64,
     max_active: int,
@@ -175,7 +190,8 @@ def _union(
     step: np.uint64,
     node: I64,
     value: F32,
-) -> tuple[I64, I64, F32]:
+    weight: F32,
+) -> tuple[I64, I64, F32, F32]:
     """Merge children and positives of each document, then thin the negatives out."""
     gamma = np.uint64(0x9E3779B97F4A7C15)
     ptr = np.zeros(docs.size + 1, np.int64)
@@ -186,15 +202,15 @@ def _union(
         for k in range(M[0][i], M[0][i + 1]):
             for child in range(child_ptr[M[1][k]], child_ptr[M[1][k] + 1]):
                 while at < last and Y[1][at] < child:  # positives outside the active parents
-                    node[end], value[end] = Y[1][at], Y[2][at]
+                    node[end], value[end], weight[end] = Y[1][at], Y[2][at], 1.0
                     at, end = at + 1, end + 1
-                node[end], value[end] = child, 0.0
+                node[end], value[end], weight[end] = child, 0.0, M[2][k]
                 if at < last and Y[1][at] == child:
-                    value[end] = Y[2][at]
+                    value[end], weight[end] = Y[2][at], 1.0
                     at += 1
                 end += 1
         while at < last:
-            node[end], value[end] = Y[1][at], Y[2][at]
+            node[end], value[end], weight[end] = Y[1][at], Y[2][at], 1.0
             at, end = at + 1, end + 1
         if end - begin > max_active:
             negatives = end - begin - (Y[0][i + 1] - Y[0][i])
@@ -210,8 +226,8 @@ def _union(
                     if keep:
                         wanted -= 1
                 if keep:
-                    node[kept], value[kept] = node[k], value[k]
+                    node[kept], value[kept], weight[kept] = node[k], value[k], weight[k]
                     kept += 1
             end = kept
         ptr[i + 1] = end
-    return ptr, node[:end].copy(), value[:end].copy()
+    return ptr, node[:end].copy(), value[:end].copy(), weight[:end].copy()
