@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 
 from tests.inference.test_postprocess import formula
-from xmcdist.inference import beam as beam_module
+from xmcdist.inference import steps as steps_module
 from xmcdist.inference.beam import beam_search, predict_level, top_k_arrays
 from xmcdist.inference.postprocess import NAMES
 from xmcdist.rankers.model import LevelWeights, LinearTree
@@ -142,7 +142,7 @@ def test_blocks_and_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     model, _ = make()
     want = beam_search(model, documents(), beam=4, topk=8, threads=1)
     for block in (1, 3, 17):
-        monkeypatch.setattr(beam_module, "_BLOCK_DOCS", block)
+        monkeypatch.setattr(steps_module, "_BLOCK_DOCS", block)
         for threads in (1, 3):
             got = beam_search(model, documents(), beam=4, topk=8, threads=threads)
             np.testing.assert_array_equal(got.indices, want.indices)

@@ -53,7 +53,7 @@ def _add_words(
                 break
             if feature[at] != f:
                 continue
-        for w in range(entry_ptr[at], entry_ptr[at + one]):
+        for w in range(entry_ptr[at] - entry_ptr[0], entry_ptr[at + one] - entry_ptr[0]):
             out[child[w]] += weights[e] * value[w]
 
 

@@ -29,7 +29,8 @@ class LinearTree:
 
     Attributes:
         tree: T levels.
-        levels: of the first levels, usually all T, coarse to fine.
+        levels: of the first levels, usually all T, coarse to fine; of each all nodes, or one
+            rank's range of them (`part`).
         num_sparse: sparse features D.
         num_dense: dense width d.
         post_processor: of the inner levels, see `xmcdist.inference.postprocess`.
@@ -50,16 +51,44 @@ class LinearTree:
         if len(self.levels) > self.tree.depth:
             raise ValueError(f"{len(self.levels)} levels of weights for a tree of {self.tree.depth} levels")
         for t, level in enumerate(self.levels, start=1):
-            if level.first_node != 0 or level.num_nodes != self.tree.level_size(t):
-                raise ValueError(f"level {t}: weights of {level.num_nodes} nodes, not {self.tree.level_size(t)}")
+            if level.first_node + level.num_nodes > self.tree.level_size(t):
+                raise ValueError(
+                    f"level {t}: weights of {level.num_nodes} nodes from {level.first_node}, "
+                    f"the tree has {self.tree.level_size(t)}"
+                )
             if (level.num_sparse, level.num_dense) != (self.num_sparse, self.num_dense):
                 raise ValueError(
                     f"level {t}: weights for {level.num_sparse} sparse and {level.num_dense} dense features, "
                     f"the model has {self.num_sparse} and {self.num_dense}"
                 )
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every node of its levels is here."""
+        return all(level.num_nodes == self.tree.level_size(t) for t, level in enumerate(self.levels, start=1))
+
+    def part(self, rank: int, world_size: int) -> LinearTree:
+        """What one of several ranks holds: of every level a contiguous range of nodes.
+
+        The ranges adjoin in rank order and have near-equal numbers of stored weights; they may
+        cut a cluster.  On a memory-mapped model nothing is read but one pointer a cluster, and
+        the weights of the clusters that are cut.
+
+        Returns:
+            The same tree with fewer weights, for `xmcdist.inference.sharded`.
+        """
+        if not self.is_whole:
+            raise ValueError("only a whole model can be shared out, this is a part of one")
+        levels = []
+        for level, child_ptr in zip(self.levels, self.tree.child_ptr, strict=False):
+            start, stop = node_ranges(level.node_weights(child_ptr), child_ptr, world_size)[rank]
+            levels.append(level.cut(start, stop, child_ptr))
+        return replace(self, levels=tuple(levels))
+
     def save(self, folder: Path | str) -> None:
-        """Write the model, from one process; ``model.json`` last."""
+        """Write the whole model, from one process; ``model.json`` last."""
+        if not self.is_whole:
+            raise ValueError("only a whole model is saved, this is a part of one")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model.json").unlink(missing_ok=True)
@@ -99,7 +128,10 @@ class LinearTree:
         tree = LabelTree.load(folder / "tree")
         levels = tuple(LevelWeights.load(folder / f"level-{t}") for t in range(1, depth + 1))
         try:
-            return cls(tree=tree, levels=levels, **settings)
+            model = cls(tree=tree, levels=levels, **settings)
+            if not model.is_whole:
+                raise ValueError(f"{[level.num_nodes for level in levels]} nodes do not fill the tree's levels")
+            return model
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder}: files do not belong together ({error}); train or copy it again") from error
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class WeightPart:
     Chunk c holds those children of cluster ``first_cluster + c`` that lie in the range.
     Its features are ``feature[chunk_ptr[c]:chunk_ptr[c+1]]``, ascending; the weights of
     the f-th entry of ``feature`` are ``child``/``value`` at ``entry_ptr[f]:entry_ptr[f+1]``,
-    children counted from the chunk's first.
+    children counted from the chunk's first.  Arrays may be memory-mapped, and views of those
+    of a larger part (`cut`).
 
     Attributes:
         first_cluster: of the C clusters.
@@ -49,7 +50,7 @@ class WeightPart:
         num_sparse: D.
         chunk_ptr: ``[C+1]`` int64.
         feature: uint32.
-        entry_ptr: int64.
+        entry_ptr: int64, from any start: ``entry_ptr[f] - entry_ptr[0]`` is where the entry begins.
         child: uint32.
         value: float32.
         dense: ``[n, d]`` float32, nothing dropped.
@@ -74,8 +75,8 @@ class WeightPart:
                 raise ValueError(f"{name}: {array.ndim}-d {array.dtype}, must be {ndim}-d {np.dtype(dtype)}")
         for name, pointed in (("chunk_ptr", self.feature.size), ("entry_ptr", self.value.size)):
             ptr = getattr(self, name)
-            if ptr.size == 0 or ptr[0] != 0 or ptr[-1] != pointed:
-                raise ValueError(f"{name}: must run from 0 to {pointed}")
+            if ptr.size == 0 or ptr[-1] - ptr[0] != pointed or (name == "chunk_ptr" and ptr[0] != 0):
+                raise ValueError(f"{name}: must point to {pointed} entries")
         if self.entry_ptr.size != self.feature.size + 1:
             raise ValueError(f"entry_ptr: {self.entry_ptr.size} entries for {self.feature.size} features")
         if self.child.size != self.value.size:
@@ -109,6 +110,68 @@ class WeightPart:
         out = sp.csr_matrix((self.value, (rows, columns)), shape=(self.num_nodes, self.num_sparse), dtype=np.float32)
         out.sort_indices()
         return out
+
+    def chunk_weights(self) -> NDArray[np.int64]:
+        """Stored sparse weights of each chunk, ``[C]``."""
+        return np.diff(self.entry_ptr[self.chunk_ptr])
+
+    def cut(self, start: int, stop: int, child_ptr: NDArray[np.int64]) -> tuple[WeightPart, ...]:
+        """Those of the nodes ``[start, stop)`` that lie in this part, as none to three adjoining parts.
+
+        Whole clusters are views, so that of a memory-mapped part nothing is read but one
+        pointer a cluster.  A cluster that is cut gets a copy of its weights in the range.
+
+        Args:
+            child_ptr: ``[K+1]`` of this level in the tree.
+        """
+        start, stop = max(start, self.first_node), min(stop, self.first_node + self.num_nodes)
+        if start >= stop:
+            return ()
+        first, last = _clusters_of(child_ptr, start, stop)
+        edges = np.clip(child_ptr[first : last + 1], self.first_node, self.first_node + self.num_nodes)
+        low, high = first + int(start > edges[0]), last - int(stop < edges[-1])  # clusters that stay whole
+        runs = [(first, low), (low, high), (high, last)] if low <= high else [(first, last)]
+        return tuple(
+            self._clusters(a, b, max(start, int(edges[a - first])), min(stop, int(edges[b - first])), child_ptr)
+            for a, b in runs
+            if a < b
+        )
+
+    def _clusters(self, a: int, b: int, start: int, stop: int, child_ptr: NDArray[np.int64]) -> WeightPart:
+        """Nodes ``[start, stop)``, which are the clusters ``[a, b)`` of this part or a piece of one of them."""
+        chunk_ptr = self.chunk_ptr[a - self.first_cluster : b - self.first_cluster + 1]
+        feature = self.feature[chunk_ptr[0] : chunk_ptr[-1]]
+        entry_ptr = self.entry_ptr[chunk_ptr[0] : chunk_ptr[-1] + 1]
+        begin, end = entry_ptr[[0, -1]] - self.entry_ptr[0]
+        child, value = self.child[begin:end], self.value[begin:end]
+        origin = max(int(child_ptr[a]), self.first_node)
+        if start != origin or stop < min(int(child_ptr[b]), self.first_node + self.num_nodes):
+            kept = (child >= start - origin) & (child < stop - origin)
+            counts = np.diff(np.concatenate([[0], np.cumsum(kept)])[entry_ptr - entry_ptr[0]])
+            feature = feature[counts > 0]
+            entry_ptr = np.concatenate([[0], np.cumsum(counts[counts > 0])]).astype(np.int64)
+            child, value = (child[kept] - np.uint32(start - origin)).astype(np.uint32), value[kept]
+            chunk_ptr = np.array([0, feature.size], np.int64)
+        nodes = slice(start - self.first_node, stop - self.first_node)
+        return WeightPart(
+            first_cluster=a,
+            first_node=start,
+            num_sparse=self.num_sparse,
+            chunk_ptr=chunk_ptr - chunk_ptr[0],
+            feature=feature,
+            entry_ptr=entry_ptr,
+            child=child,
+            value=value,
+            dense=self.dense[nodes],
+            bias=self.bias[nodes],
+        )
+
+    @classmethod
+    def empty(cls, node: int, child_ptr: NDArray[np.int64], num_sparse: int, num_dense: int) -> WeightPart:
+        """No nodes, before ``node``: what a rank holds of a level with fewer nodes than ranks."""
+        none = np.zeros(0, np.float32)
+        part = cls.from_rows(None, np.zeros((0, num_dense), np.float32), none, child_ptr, node)
+        return replace(part, num_sparse=num_sparse)
 
     @classmethod
     def from_rows(
@@ -163,7 +226,8 @@ class WeightPart:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         for name in _ARRAYS:
-            np.save(unfinished / f"{name}.npy", np.asarray(getattr(self, name)), allow_pickle=False)
+            array = np.asarray(getattr(self, name))
+            np.save(unfinished / f"{name}.npy", array - array[0] if name == "entry_ptr" else array, allow_pickle=False)
         scalars = {k: int(getattr(self, k)) for k in ("first_cluster", "first_node", "num_sparse")}
         (unfinished / "part.json").write_text(json.dumps(scalars))
         shutil.rmtree(folder, ignore_errors=True)

@@ -95,6 +95,23 @@ class LevelWeights:
         """Adjoining ranges of one level, in node order; nothing is copied."""
         return cls(tuple(p for level in ranges for p in level.parts))
 
+    def node_weights(self, child_ptr: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Stored values of each cluster's children, sparse and dense, ``[K]``: what holding them costs.
+
+        Args:
+            child_ptr: ``[K+1]`` of this level in the tree.
+        """
+        children = np.diff(np.clip(child_ptr, self.first_node, self.first_node + self.num_nodes))
+        stored = children * (self.num_dense + 1)
+        for p in self.parts:
+            stored[p.first_cluster : p.first_cluster + p.num_clusters] += p.chunk_weights()
+        return stored.astype(np.float64)
+
+    def cut(self, start: int, stop: int, child_ptr: NDArray[np.int64]) -> LevelWeights:
+        """The nodes ``[start, stop)`` alone, views as far as possible; see `WeightPart.cut`."""
+        parts = tuple(piece for p in self.parts for piece in p.cut(start, stop, child_ptr))
+        return LevelWeights(parts or (WeightPart.empty(start, child_ptr, self.num_sparse, self.num_dense),))
+
     def save(self, folder: Path | str, part: int = 0, parts: int = 1) -> None:
         """Write this range as one part of a level; any rank may do so for its own.
 

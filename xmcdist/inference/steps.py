@@ -1,0 +1,233 @@
+"""One level of a beam search over one block of documents, and the levels of a whole search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import scipy.sparse as sp
+from numba import get_num_threads
+from numpy.typing import NDArray
+
+from xmcdist.inference import beam_kernels as kernels
+from xmcdist.inference.postprocess import PostProcessor
+from xmcdist.rankers.model import LinearTree
+from xmcdist.rankers.weights import LevelWeights
+from xmcdist.sparse.features import Features
+
+__all__ = [
+    "Block",
+    "Rows",
+    "Step",
+    "block_size",
+    "check_width",
+    "each",
+    "join_rows",
+    "root_rows",
+    "row_span",
+    "search_steps",
+    "to_csr",
+]
+
+I64 = NDArray[np.int64]
+F32 = NDArray[np.float32]
+Rows = tuple[I64, I64, F32]  # ragged rows: indptr, ids ascending in a row, scores
+T = TypeVar("T")
+
+_BLOCK_SCORES = 1 << 21  # most scores of a block: 8 MB a thread
+_BLOCK_DOCS = 2048
+_LEAST_DOCS = 64  # fewer are not worth a thread: a cluster's weights should serve many
+_KINDS = {"noop": kernels.NOOP, "sigmoid": kernels.SIGMOID, "hinge": kernels.HINGE}
+_NO_IDS = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One level of a search: weights, the children of its clusters, and what is kept.
+
+    Where the weights are a range of the level's nodes, ``child_ptr`` counts the children in
+    that range alone.
+    """
+
+    weights: LevelWeights
+    child_ptr: I64
+    post: PostProcessor
+    keep: int
+    ids: I64  # labels of the nodes, or empty
+
+    @classmethod
+    def of(
+        cls, level: LevelWeights, child_ptr: NDArray[np.int64], post: PostProcessor, keep: int, ids: I64 = _NO_IDS
+    ) -> Step:
+        """A level, or a range of its nodes.
+
+        Args:
+            child_ptr: ``[K+1]`` of the level in the tree.
+            keep: nodes, or labels, kept a document.
+            ids: labels of the level's nodes; empty: nodes stand for themselves.
+        """
+        if keep < 1:
+            raise ValueError(f"beam and topk must be at least 1, not {keep}")
+        own = np.clip(child_ptr, level.first_node, level.first_node + level.num_nodes)
+        return cls(level, np.ascontiguousarray(own, np.int64), post, min(keep, int(child_ptr[-1])), ids)
+
+    def widest(self, beam: int) -> int:
+        """Most scores one document can need here when it comes with ``beam`` clusters."""
+        sizes = np.diff(self.child_ptr)
+        return int(sizes.sum() if beam >= sizes.size else -np.partition(-sizes, beam)[:beam].sum())
+
+
+class Block:
+    """Some documents on their way down."""
+
+    def __init__(self, features: Features) -> None:
+        n = features.num_rows
+        X = features.sparse
+        if X is None:
+            X = sp.csr_matrix(np.zeros((n, 0), np.float32))
+        self.ptr = X.indptr.astype(np.uint64)
+        self.idx = _frozen(X.indices.view(np.uint32) if X.indices.dtype == np.int32 else X.indices.astype(np.uint32))
+        self.val = _frozen(X.data.astype(np.float32, copy=False))
+        dense = np.zeros((n, 0), np.float32) if features.dense is None else features.dense
+        self.dense = _frozen(np.asarray(dense, np.float32))
+        self.where = np.zeros(X.shape[1], np.uint32)
+
+    def step(self, level: Step, rows: Rows) -> Rows:
+        """From the kept nodes of one level to those of the next."""
+        ptr, ids, scores = rows
+        sizes = level.child_ptr[ids + 1] - level.child_ptr[ids]
+        outs = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        docs = np.repeat(np.arange(ptr.size - 1), np.diff(ptr))
+        by_cluster = np.argsort(ids, kind="stable")
+        docs, clusters, places = docs[by_cluster], ids[by_cluster], outs[by_cluster]
+        raw = np.empty(outs[-1], np.float32)
+        for p in level.weights.parts:
+            kernels.score_pairs(
+                self.ptr,
+                self.idx,
+                self.val,
+                self.dense,
+                docs,
+                clusters,
+                places,
+                level.child_ptr,
+                p.first_cluster,
+                p.first_node,
+                _frozen(p.chunk_ptr.view(np.uint64)),
+                _frozen(p.feature),
+                _frozen(p.entry_ptr.view(np.uint64)),
+                _frozen(p.child),
+                _frozen(p.value),
+                _frozen(p.dense),
+                _frozen(p.bias),
+                self.where,
+                raw,
+            )
+        post = level.post
+        best: Rows = kernels.keep_best(
+            ptr, ids, scores, outs, level.child_ptr, raw, level.ids, level.keep, _KINDS[post.kind], post.power, post.log
+        )
+        return best
+
+
+def search_steps(
+    model: LinearTree,
+    beam: int,
+    topk: int,
+    post_processor: str | None,
+    last_post_processor: str | None,
+    upto_level: int | None,
+) -> list[Step]:
+    """The levels of a search, as `xmcdist.inference.beam.beam_search` describes them.
+
+    Raises:
+        ValueError: settings do not fit the model.
+    """
+    depth = len(model.levels)
+    last = depth if upto_level is None else upto_level
+    if not 1 <= last <= depth:
+        raise ValueError(f"upto_level ({upto_level}) must be in [1, {depth}]")
+    name = post_processor or model.post_processor
+    last_name = last_post_processor or (model.last_post_processor if post_processor is None else None) or name
+    tree, steps = model.tree, []
+    for t in range(1, last + 1):
+        is_leaf = t == tree.depth
+        post = PostProcessor.named(last_name if is_leaf else name)
+        ids = np.asarray(tree.labels, np.int64) if is_leaf else _NO_IDS
+        steps.append(Step.of(model.levels[t - 1], tree.child_ptr[t - 1], post, topk if t == last else beam, ids))
+    return steps
+
+
+def check_width(steps: Sequence[Step], features: Features) -> None:
+    """Refuse documents that are not as wide as the weights.
+
+    Raises:
+        ValueError: with both widths.
+    """
+    for level in (step.weights for step in steps):
+        if (level.num_sparse, level.num_dense) != (features.num_sparse, features.num_dense):
+            raise ValueError(
+                f"documents have {features.num_sparse} sparse and {features.num_dense} dense features, "
+                f"the rankers were trained on {level.num_sparse} and {level.num_dense}"
+            )
+
+
+def block_size(steps: Sequence[Step], start: int, docs: int, threads: int | None) -> int:
+    """How many of ``docs`` documents one thread takes at a time.
+
+    Args:
+        start: most nodes a document comes with.
+    """
+    width = [start, *(step.keep for step in steps[:-1])]
+    most = max(step.widest(w) for step, w in zip(steps, width, strict=True))
+    share = max(-(-docs // workers(threads)), _LEAST_DOCS)  # few documents: all threads, too
+    return max(min(_BLOCK_SCORES // max(most, 1), _BLOCK_DOCS, share), 1)
+
+
+def workers(threads: int | None) -> int:
+    """Threads of a search; default numba's."""
+    return max(threads or get_num_threads(), 1)
+
+
+def each(run: Callable[[int], T], starts: range, threads: int | None) -> list[T]:
+    """Results of ``run`` on every block, in order."""
+    many = min(workers(threads), len(starts))
+    if many <= 1:
+        return [run(a) for a in starts]
+    with ThreadPoolExecutor(many) as pool:
+        return list(pool.map(run, starts))
+
+
+def root_rows(n: int, post: PostProcessor) -> Rows:
+    """Every document at the root."""
+    return np.arange(n + 1), np.zeros(n, np.int64), np.full(n, post.root_score, np.float32)
+
+
+def row_span(rows: Rows, a: int, b: int) -> Rows:
+    """Rows ``[a, b)``."""
+    ptr, ids, scores = rows
+    span = slice(ptr[a], ptr[b])
+    return (ptr[a : b + 1] - ptr[a]).astype(np.int64), ids[span].astype(np.int64), scores[span].astype(np.float32)
+
+
+def join_rows(done: Sequence[Rows]) -> Rows:
+    """Rows of all blocks, in order."""
+    lengths = np.concatenate([np.zeros(1, np.int64), *(np.diff(ptr) for ptr, _, _ in done)])
+    ids = np.concatenate([np.zeros(0, np.int64), *(i for _, i, _ in done)])
+    return np.cumsum(lengths), ids, np.concatenate([np.zeros(0, np.float32), *(s for _, _, s in done)])
+
+
+def to_csr(rows: Rows, columns: int) -> sp.csr_matrix:
+    """Rows as a matrix; scores of exactly 0 stay stored."""
+    ptr, ids, scores = rows
+    return sp.csr_matrix((scores, ids.astype(np.int32), ptr), shape=(ptr.size - 1, columns))
+
+
+def _frozen(a: NDArray[Any]) -> NDArray[Any]:
+    """A read-only view: arrays from memory and from files then compile to one kernel."""
+    out = np.ascontiguousarray(a).view(np.ndarray)
+    out.flags.writeable = False
+    return out
