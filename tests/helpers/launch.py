@@ -28,6 +28,43 @@ def start(processes: int, *args: str, log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=ROOT)
 
 
+def start_node(processes: int, *args: str, log: Path, restarts: int = 0) -> subprocess.Popen[bytes]:
+    """Start ``xmcdist train <args>`` through launch/node.sh, as a node of a cluster does."""
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "SLURM_"))
+    }
+    env |= {"NPROC": str(processes), "MASTER_PORT": str(_free_port()), "XMCDIST_MAX_RESTARTS": str(restarts)}
+    env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    env |= {"XMCDIST_VENV": str(ROOT / "no-venv"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with open(log, "wb") as out:
+        return subprocess.Popen(
+            ["bash", "launch/node.sh", *args], stdout=out, stderr=subprocess.STDOUT, env=env, cwd=ROOT
+        )
+
+
+def rank_pid(job: subprocess.Popen[bytes], rank: int) -> int:
+    """Process id of one rank of a running job."""
+    for pid in _family(job.pid):
+        try:
+            environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if f"RANK={rank}".encode() in environ and b"LOCAL_RANK" in b"".join(environ):
+            return pid
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def wait_until(job: subprocess.Popen[bytes], log: Path, ready: Callable[[], bool], timeout_s: float = 240) -> None:
+    """Wait for the first moment that ``ready`` holds while a job runs."""
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        assert job.poll() is None, f"ended too early:\n{log.read_text()[-6000:]}"
+        assert time.monotonic() < deadline, f"not ready in time:\n{log.read_text()[-6000:]}"
+        time.sleep(0.002)
+
+
 def finish(job: subprocess.Popen[bytes], log: Path, timeout_s: float = 240) -> None:
     """Wait for a job; its output is the message when it failed or hung."""
     try:
@@ -45,11 +82,7 @@ def launch(processes: int, *args: str, log: Path) -> None:
 
 def kill_when(job: subprocess.Popen[bytes], log: Path, ready: Callable[[], bool], timeout_s: float = 240) -> None:
     """SIGKILL the launcher and every rank at the first moment ``ready`` holds."""
-    deadline = time.monotonic() + timeout_s
-    while not ready():
-        assert job.poll() is None, f"ended before it could be killed:\n{log.read_text()[-6000:]}"
-        assert time.monotonic() < deadline, f"not ready in time:\n{log.read_text()[-6000:]}"
-        time.sleep(0.002)
+    wait_until(job, log, ready, timeout_s)
     kill_all(job)
 
 
