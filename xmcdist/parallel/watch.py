@@ -127,6 +127,8 @@ def stop() -> None:
 def collective(op: str, sent: int) -> Iterator[None]:
     """Around one collective: counts its bytes, says where this rank is, and explains a failure.
 
+    Collectives inside it, as in a backward pass, are counted on their own.
+
     Args:
         op: its name.
         sent: bytes that leave this rank, see `xmcdist.parallel.traffic`.
@@ -134,6 +136,7 @@ def collective(op: str, sent: int) -> Iterator[None]:
     Raises:
         CollectiveError: instead of the backend's own error.
     """
+    around = (_place.op, _place.inside, _place.since)
     _place.number += 1
     _place.op, _place.inside, _place.since = op, True, time.time()
     began = time.perf_counter()
@@ -145,8 +148,12 @@ def collective(op: str, sent: int) -> Iterator[None]:
         waited = time.perf_counter() - began
         table = _watch.report() if _watch is not None else "  (the ranks are not watched)"
         raise CollectiveError(
-            f"collective #{_place.number} {op} did not complete after {waited:.0f} s; missing from it:\n{table}\n"
+            f"collective #{_place.number} {_place.op} did not complete after {waited:.0f} s; missing from it:\n{table}\n"
             f"  the backend says: {str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error)}"
         ) from error
-    _place.inside, _place.since = False, time.time()
+    finally:
+        if around[1]:  # a backward pass, say, with collectives of its own
+            _place.op, _place.inside, _place.since = around
+        else:
+            _place.inside, _place.since = False, time.time()
     TRAFFIC.add(op, sent, time.perf_counter() - began)
