@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +16,9 @@ from xmcdist.encoders.hf import Encoder, load_encoder
 from xmcdist.matchers.candidates import CandidateSource
 from xmcdist.matchers.head import ShardedHead
 from xmcdist.parallel.launch import World
+from xmcdist.parallel.mesh import Mesh
 from xmcdist.parallel.shards import LabelShard
-from xmcdist.training.engine import Engine
+from xmcdist.training.engine import Engine, open_engine
 from xmcdist.training.loop import LevelTask
 
 DOCS, NODES = 25, 11  # neither divides by 2 or 3; the last of four batches of 8 has one document
@@ -120,10 +120,9 @@ def task(setting: Setting, what: TokenRows | None = None, source: CandidateSourc
     )
 
 
-def engine(setting: Setting, rank: int = 0, world_size: int = 1, kind: type[Engine] = Engine) -> Engine:
-    os.environ["LOCAL_WORLD_SIZE"] = str(world_size)  # as launchers set it; ours of the tests does not
+def engine(setting: Setting, rank: int = 0, world_size: int = 1, shards: int | None = None) -> Engine:
     world = World(rank, world_size, rank, world_size, "cpu")
-    return kind(EngineConfig(global_batch=8, micro_batch=setting.micro_batch), world)
+    return open_engine(EngineConfig(global_batch=8, micro_batch=setting.micro_batch), Mesh.build(world, shards))
 
 
 def head(rank: int = 0, world_size: int = 1, nodes: int = NODES, dim: int = 64) -> ShardedHead:

@@ -1,15 +1,19 @@
-"""The data-parallel engine behind few verbs, on Accelerate.
+"""The data-parallel engine of the encoder behind one set of verbs.
 
-The encoder goes through Accelerate (DDP here); the label-sharded head never does: its rows
-live on their owners and no gradient of them crosses ranks.  What Accelerate would otherwise
-get silently wrong is an error at start-up.
+An engine shares the encoder out over *all* ranks and averages its gradients over them; the
+label-sharded head is never inside it: its rows live on their owners.  What differs between
+DDP, FSDP2 and ZeRO stays below `Engine`; its state has no engine's form, so that what was
+saved under one is loaded by any other, at any number of ranks.
+
+Accelerate starts the processes and no more.  Its own wrapping is not used: it silently runs
+DDP where FSDP or DeepSpeed was asked for and no GPU is there, and clips what it owns alone.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,95 +21,162 @@ import torch
 from torch import Tensor, nn
 
 from xmcdist.config.errors import UserError
-from xmcdist.config.schema import EngineConfig
-from xmcdist.parallel.collectives import all_reduce
-from xmcdist.parallel.launch import World
+from xmcdist.config.schema import EngineConfig, OptimizerConfig
+from xmcdist.encoders.hf import Encoder
+from xmcdist.parallel.collectives import all_reduce, group_size
+from xmcdist.parallel.mesh import Mesh
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "Weights", "open_engine"]
+
+Weights = Mapping[str, Tensor]
+"""Tensors by name: whole and equal on every rank, or DTensors over all ranks."""
 
 
-class Engine:
-    """Prepares the encoder, runs backward, clips by one norm over encoder and all head shards."""
+class Engine(ABC):
+    """Wraps the encoder, runs backward, clips, steps; see `open_engine`.
 
-    def __init__(self, cfg: EngineConfig, world: World) -> None:
-        """Attach Accelerate to the process group that `xmcdist.parallel.launch.setup` started.
+    Attributes:
+        cfg: batching and precision.
+        mesh: replicas and shards of the label rows.
+        world: who this process is.
+        device: where this process computes.
+    """
+
+    def __init__(self, cfg: EngineConfig, mesh: Mesh) -> None:
+        """Check that the job is the one that was meant.
 
         Raises:
-            UserError: Accelerate sees another number of processes or another kind of job.
+            UserError: the process group has another number of ranks than the launcher said.
         """
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, DistributedType
-
-        self.cfg, self.world = cfg, world
-        self.device = torch.device(world.device)
-        # Buffers of an encoder are constants: sending them around before every forward is traffic for nothing.
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-        threads = torch.get_num_threads()
-        with warnings.catch_warnings():  # of the number of threads, which it also changes
-            warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")
-            self.accelerator = Accelerator(cpu=world.device_type == "cpu", mixed_precision="no", kwargs_handlers=[ddp])
-        torch.set_num_threads(threads)
-        several = DistributedType.MULTI_GPU if world.device_type == "cuda" else DistributedType.MULTI_CPU
-        # A launcher of one process may call it one of several: the arithmetic is the same.
-        wanted = (several,) if world.world_size > 1 else (DistributedType.NO, several)
-        seen = (self.accelerator.num_processes, self.accelerator.distributed_type)
-        if seen[0] != world.world_size or seen[1] not in wanted:
+        self.cfg, self.mesh, self.world = cfg, mesh, mesh.world
+        self.device = torch.device(mesh.world.device)
+        if group_size() != self.world.world_size:
             raise UserError(
-                f"accelerate runs {seen[0]} process(es) as {seen[1].value}, but this job has {world.world_size} as "
-                f"{wanted[0].value}: on a CPU start it with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
-                "--num_processes N (--cpu alone starts one process and says nothing)"
+                f"the process group has {group_size()} rank(s), but this job has {self.world.world_size}: on a CPU "
+                "start it with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
             )
 
-    def prepare(self, encoder: nn.Module) -> nn.Module:
-        """The encoder wrapped for data parallelism, on its device."""
-        with warnings.catch_warnings():  # torch 2.13 has a new name for broadcast_buffers, 2.11 only the old one
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            module: nn.Module = self.accelerator.prepare_model(encoder.to(self.device))
-        return module
+    @abstractmethod
+    def prepare(self, encoder: Encoder, cfg: OptimizerConfig) -> nn.Module:
+        """Share out an encoder, in place, and make its optimizer; collective.
 
-    def unwrap(self, encoder: nn.Module) -> nn.Module:
-        """The plain encoder under the wrapping."""
-        module: nn.Module = self.accelerator.unwrap_model(encoder)
-        return module
+        Args:
+            encoder: equal on every rank; not to be used directly any more (see `plain`).
+            cfg: AdamW's settings.
+
+        Returns:
+            The module to call in training.
+        """
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 arithmetic for the encoder when asked for; weights stay fp32."""
+        """bf16 arithmetic for the encoder when asked for; weights, gradients and sums over ranks stay fp32."""
         if self.cfg.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
-    def accumulate(self, encoder: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Reduce encoder gradients over ranks only in the last micro-step."""
-        return nullcontext() if last else self.accelerator.no_sync(encoder)
+    @abstractmethod
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of a micro-step; gradients are whole after the last of a step."""
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of this rank's part of the loss."""
-        self.accelerator.backward(loss)
+        """Gradients of this rank's part of the loss; the encoder's are averaged over all ranks."""
+        loss.backward()  # type: ignore[no-untyped-call]
 
-    def clip(self, encoder: Iterable[Tensor], head: Iterable[Tensor], limit: float) -> float:
-        """Scale all gradients so that their common norm is at most ``limit``; collective.
+    @abstractmethod
+    def norm_squared(self) -> float:
+        """Sum of squares of the encoder's gradient, equal on every rank; collective."""
+
+    def clip(self, head: Iterable[Tensor], limit: float) -> float:
+        """Scale all gradients so that encoder and head together have at most this norm; collective.
 
         Args:
-            encoder: parameters whose gradients are equal on every rank.
-            head: this rank's rows; their squares are added up over ranks.
+            head: this rank's rows; gradients already summed over replicas.
             limit: 0 only measures.
 
         Returns:
             The norm before clipping, equal on every rank.
         """
-        encoder_grads = [p.grad for p in encoder if p.grad is not None]
-        head_grads = [p.grad for p in head if p.grad is not None]
-        own, shared = self._squares(head_grads), self._squares(encoder_grads)
-        norm = math.sqrt(float(all_reduce(own)) + float(shared))
-        if limit and norm > limit:
-            for g in (*encoder_grads, *head_grads):
-                g.mul_(limit / (norm + 1e-6))
+        grads = [p.grad for p in head if p.grad is not None]
+        own = squares(grads, self.device)
+        norm = math.sqrt(float(all_reduce(own, "sum", self.mesh.shard_group)) + self.norm_squared())
+        factor = limit / (norm + 1e-6) if limit and norm > limit else 1.0
+        self._scale(factor)
+        if factor != 1.0:
+            for g in grads:
+                g.mul_(factor)
         return norm
 
-    def release(self) -> None:
-        """Forget the prepared encoder, which Accelerate would otherwise keep alive level after level."""
-        self.accelerator.free_memory()
+    @abstractmethod
+    def _scale(self, factor: float) -> None:
+        """Multiply the encoder's gradient; 1 leaves it."""
 
-    def _squares(self, grads: Iterable[Tensor]) -> Tensor:
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        return sum((g.double().square().sum() for g in grads), zero)
+    @abstractmethod
+    def step(self, lr: float) -> None:
+        """Move the encoder by its gradient and forget that; collective."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters and saved buffers by name; may be the live ones; collective."""
+
+    @abstractmethod
+    def load_weights(self, weights: Weights) -> None:
+        """Take what `weights` of any engine gave; collective."""
+
+    @abstractmethod
+    def moments(self) -> dict[str, Tensor]:
+        """Optimizer state by ``<parameter>.<moment>`` (exp_avg, exp_avg_sq, step ``[1]``); collective."""
+
+    @abstractmethod
+    def load_moments(self, moments: Weights) -> None:
+        """Take what `moments` of any engine gave; collective."""
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """``encoder``: `weights`, ``optimizer``: `moments`; collective, before or after a step."""
+        return {"encoder": self.weights(), "optimizer": self.moments()}
+
+    def load(self, state: Mapping[str, Weights]) -> None:
+        """Go on from what `state` of any engine at any number of ranks gave; collective."""
+        self.load_weights(state["encoder"])
+        self.load_moments(state["optimizer"])
+
+    @abstractmethod
+    def template(self, encoder: Encoder) -> dict[str, Tensor]:
+        """Tensors with shape and placement of `weights` and `moments`, values unspecified.
+
+        Args:
+            encoder: plain, or already prepared by this engine.
+        """
+
+    @abstractmethod
+    def plain(self) -> Encoder:
+        """A whole encoder with the current weights, on every rank, for use without gradients; collective.
+
+        The trained module itself where every rank has all of it, else a copy.
+        """
+
+    @abstractmethod
+    def release(self) -> None:
+        """Forget the prepared encoder and its optimizer."""
+
+
+def squares(grads: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Sum of squares of some tensors, a float64 scalar."""
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return sum((g.double().square().sum() for g in grads), zero)
+
+
+def open_engine(cfg: EngineConfig, mesh: Mesh) -> Engine:
+    """The engine that a configuration names; collective.
+
+    Args:
+        cfg: ``name`` one of cpu, ddp (the same: DDP on more than one rank).
+        mesh: of the job.
+
+    Raises:
+        UserError: an unknown name, or a launcher that was told another kind of job.
+    """
+    if cfg.name in ("cpu", "ddp"):
+        from xmcdist.training.engines.ddp import ReplicatedEngine
+
+        return ReplicatedEngine(cfg, mesh)
+    raise UserError(f"engine.name={cfg.name} is none of cpu, ddp")

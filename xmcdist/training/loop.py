@@ -1,8 +1,9 @@
 """Fine-tuning on one level of the tree: read from top to bottom.
 
-A step: every rank encodes its documents; the embeddings travel to all ranks; each scores
-only the candidates whose rows it owns; the gradient of the embeddings is summed back to the
-rank of the document; the encoder is updated by its engine, each head row by its owner.
+A step: every rank encodes its documents; the embeddings travel to the ranks of its replica;
+each scores only the candidates whose rows it owns; the gradient of the embeddings is summed
+back to the rank of the document; the encoder is updated by its engine, which averages over
+all ranks, and each head row by its owner, after a sum over replicas where there are several.
 
 The random state is set anew at each step from (seed, level, step, rank), so a run that goes
 on from a checkpoint draws what an undisturbed run would have drawn.
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from xmcdist.config.errors import UserError
 from xmcdist.config.schema import MatcherConfig, OptimizerConfig, ScheduleConfig
-from xmcdist.data.batches import GlobalBatches, local, sizes
+from xmcdist.data.batches import GlobalBatches, local
 from xmcdist.data.tokens import TokenShards
 from xmcdist.encoders.hf import Encoder
 from xmcdist.matchers.candidates import Candidates, CandidateSource
@@ -31,11 +32,11 @@ from xmcdist.matchers.losses import ragged_loss
 from xmcdist.parallel.collectives import all_gather_embeddings, all_reduce
 from xmcdist.schedules.lr import lr_factor
 from xmcdist.training.engine import Engine
-from xmcdist.training.optim import encoder_optimizer, head_optimizer, load_moments, moments, set_lr
+from xmcdist.training.optim import head_optimizer, load_moments, moments, set_lr
 
 __all__ = ["DivergedError", "LevelHooks", "LevelResult", "LevelTask", "train_level"]
 
-_BEST_HEAD = "best.head."
+_BEST = "best."
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,12 @@ class DivergedError(UserError):
 
 
 class LevelHooks(Protocol):
-    """What the pipeline does with a level's state; every rank calls each hook at the same step."""
+    """What the pipeline does with a level's state; every rank calls each hook at the same step.
+
+    ``save`` gets ``encoder`` and ``optimizer`` by parameter name (whole and equal on all ranks,
+    or DTensors over all ranks), ``head``: this rank's rows by name, and ``extra``: values for
+    JSON.  They may be the live tensors: who keeps them beyond the call copies them.
+    """
 
     def log(self, values: dict[str, Any]) -> None: ...
 
@@ -75,36 +81,45 @@ class LevelResult:
     """How a level went."""
 
     steps: int
-    losses: list[float] = field(default_factory=list)
-    stopped_early: bool = False
+    encoder: Encoder  # trained, whole on every rank, whatever the engine
+    losses: list[float]
+    stopped_early: bool
 
 
 @dataclass
 class _State:
     """All that changes while a level trains."""
 
-    encoder: Encoder  # unwrapped
+    engine: Engine
     head: ShardedHead
-    encoder_optimizer: torch.optim.Optimizer
     head_optimizer: torch.optim.Optimizer
+    batches: GlobalBatches
     step: int = 0
+    lr: float = 0.0
     best: float = -math.inf
     best_step: int = 0
     bad: int = 0  # evaluations since the best
-    best_weights: dict[str, Tensor] = field(default_factory=dict)  # "encoder.<name>", "head.weight", "head.bias"
+    best_encoder: dict[str, Tensor] = field(default_factory=dict)
+    best_head: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        """Documents taken so far: the position in the data."""
+        epochs, at = divmod(self.step, self.batches.steps_per_epoch)
+        return epochs * self.batches.num_docs + at * self.batches.global_batch
 
     def capture(self) -> dict[str, Any]:
-        head = {"weight": self.head.weight.data, "bias": self.head.bias.data}
+        state = self.engine.state()
         head_moments = moments(self.head_optimizer, self.head)
         steps = {k: float(v) for k, v in head_moments.items() if k.endswith(".step")}
-        head |= {k: v for k, v in head_moments.items() if not k.endswith(".step")}
-        best = {f"best.{k}": v for k, v in self.best_weights.items()}
-        best_encoder = {k: v for k, v in best.items() if not k.startswith(_BEST_HEAD)}
+        rows = {"weight": self.head.weight.data, "bias": self.head.bias.data}
+        rows |= {k: v for k, v in head_moments.items() if not k.endswith(".step")}
         return {
-            "encoder": dict(self.encoder.state_dict()) | best_encoder,
-            "optimizer": moments(self.encoder_optimizer, self.encoder),
-            "head": head | {k: v for k, v in best.items() if k.startswith(_BEST_HEAD)},
+            "encoder": state["encoder"] | {_BEST + k: v for k, v in self.best_encoder.items()},
+            "optimizer": state["optimizer"],
+            "head": rows | {_BEST + k: v for k, v in self.best_head.items()},
             "extra": {
+                "samples": self.samples,
                 "best": self.best if math.isfinite(self.best) else None,
                 "best_step": self.best_step,
                 "bad": self.bad,
@@ -113,17 +128,36 @@ class _State:
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
-        both = saved["encoder"] | saved["head"]
-        self.best_weights = {k.removeprefix("best."): v for k, v in both.items() if k.startswith("best.")}
-        self.encoder.load_state_dict({k: v for k, v in saved["encoder"].items() if not k.startswith("best.")})
-        load_moments(self.encoder_optimizer, self.encoder, saved["optimizer"])
-        head = {k: v for k, v in saved["head"].items() if not k.startswith("best.")}
+        encoder, self.best_encoder = _split_best(saved["encoder"])
+        rows, self.best_head = _split_best(saved["head"])
         extra = saved["extra"]
-        self.head.load_rows(head.pop("weight"), head.pop("bias"))
-        head |= {k: torch.tensor([v]) for k, v in extra["head_steps"].items()}
-        load_moments(self.head_optimizer, self.head, head)
+        self.engine.load({"encoder": encoder, "optimizer": saved["optimizer"]})
+        self.head.load_rows(rows.pop("weight").cpu(), rows.pop("bias").cpu())
+        rows |= {k: torch.tensor([v]) for k, v in extra["head_steps"].items()}
+        load_moments(self.head_optimizer, self.head, rows)
         self.step, self.best = int(saved["step"]), -math.inf if extra["best"] is None else float(extra["best"])
         self.best_step, self.bad = int(extra["best_step"]), int(extra["bad"])
+        if extra["samples"] != self.samples:
+            raise UserError(
+                f"the checkpoint at step {self.step} has seen {extra['samples']} documents, where this run would have "
+                f"seen {self.samples}: engine.global_batch or the data have changed; use another run_dir"
+            )
+
+    def keep_best(self, value: float) -> None:
+        self.best, self.best_step, self.bad = value, self.step, 0
+        self.best_encoder = {k: v.detach().clone() for k, v in self.engine.weights().items()}
+        self.best_head = {k: v.detach().clone() for k, v in self.head.state_dict().items()}
+
+    def put_best_back(self) -> None:
+        if self.best_encoder:
+            self.engine.load_weights(self.best_encoder)
+            self.head.load_state_dict(self.best_head)
+
+
+def _split_best(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The current ones and the best ones, without their prefix."""
+    best = {k.removeprefix(_BEST): v for k, v in tensors.items() if k.startswith(_BEST)}
+    return {k: v for k, v in tensors.items() if not k.startswith(_BEST)}, best
 
 
 def train_level(
@@ -134,94 +168,115 @@ def train_level(
     hooks: LevelHooks,
     resume: dict[str, Any] | None = None,
 ) -> LevelResult:
-    """Fine-tune encoder and head on one level; both are changed in place; collective.
+    """Fine-tune encoder and head on one level; collective.
 
     Args:
-        encoder: plain module: token ids and mask to ``[b, d]``.
-        head: this rank's rows of the level.
+        encoder: equal on every rank; it is the engine's from here on: the trained one is in
+            the result, and may be another object.
+        head: this rank's rows of the level (``engine.mesh.label_shard``), changed in place.
         task: data, candidates, settings; ``steps`` optimizer steps are taken, no fewer and
             no more, unless validation stops them earlier.
         hooks: log, save, evaluate.
-        resume: what a ``save`` hook was given, with head rows as this rank now owns them.
+        resume: what a ``save`` hook was given and the ``step``, with head rows as this rank
+            now owns them; from any engine and number of ranks.
 
     Raises:
         DivergedError: the loss or the gradient is not finite; names level and step.  All ranks
             raise it, and no step is taken with it.
     """
-    wrapped = engine.prepare(encoder)
+    wrapped = engine.prepare(encoder, task.optimizer)
     head.to(engine.device)
-    state = _State(encoder, head, encoder_optimizer(encoder, task.optimizer), head_optimizer(head, task.optimizer))
+    state = _State(engine, head, head_optimizer(head, task.optimizer), task.batches)
     if resume is not None:
         state.restore(resume)
-    result = LevelResult(steps=state.step)
+    losses: list[float] = []
     window = _Window(state.step)
     wrapped.train()
     while state.step < task.steps:
         loss, norm = _step(engine, wrapped, state, task, window)
         state.step += 1
-        result.losses.append(loss)
+        losses.append(loss)
         if state.step % task.log_every == 0 or state.step == task.steps:
             hooks.log(window.flush(task, state, loss, norm))
         if task.matcher.validation_fraction and (state.step % task.matcher.eval_every == 0 or state.step == task.steps):
-            value = hooks.evaluate(state.encoder, head)
+            value = hooks.evaluate(engine.plain(), head)
             wrapped.train()
             if value is not None and value > state.best:
-                state.best, state.best_step, state.bad = value, state.step, 0
-                state.best_weights = {k: v.detach().clone() for k, v in _weights(state).items()}
+                state.keep_best(value)
             elif value is not None:
                 state.bad += 1
             if state.bad >= task.matcher.patience:
-                result.stopped_early = True
                 break
         if task.save_every and state.step % task.save_every == 0 and state.step < task.steps:
             hooks.save(state.step, state.capture())
-    if state.best_weights:
-        _put_weights(state, state.best_weights)
-    result.steps = state.step
+    state.put_best_back()
+    result = LevelResult(state.step, engine.plain(), losses, stopped_early=state.bad >= task.matcher.patience)
     engine.release()
     return result
 
 
 def _step(engine: Engine, wrapped: nn.Module, state: _State, task: LevelTask, window: _Window) -> tuple[float, float]:
     """One optimizer step; returns the loss over the global batch and the gradient norm, equal on all ranks."""
-    world, device = engine.world, engine.device
-    torch.manual_seed(_seed(task.seed, task.level, state.step, world.rank))
+    torch.manual_seed(_seed(task.seed, task.level, state.step, engine.world.rank))
     factor = lr_factor(task.schedule, state.step, task.steps)
     head_lr = task.optimizer.lr if task.optimizer.head_lr is None else task.optimizer.head_lr
-    set_lr(state.encoder_optimizer, task.optimizer.lr * factor)
+    state.lr = task.optimizer.lr * factor
     set_lr(state.head_optimizer, head_lr * factor)
-    started = time.perf_counter()
     ids = task.document_ids[task.batches.batch(state.step)]
-    per_micro = engine.cfg.micro_batch * world.world_size
+    per_micro = engine.cfg.micro_batch * engine.world.world_size
     starts = range(0, len(ids), per_micro)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     for start in starts:
-        docs = ids[start : start + per_micro]
-        mine = local(docs, world.rank, world.world_size)
-        shard = state.head.shard
-        candidates = task.candidates.of(docs, state.step).restrict(shard.start, shard.stop)
-        window.add(len(docs), int(candidates.counts.sum()), time.perf_counter() - started)
-        with engine.accumulate(wrapped, last=start == starts[-1]):
-            with engine.autocast():
-                embedding = _encode(wrapped, task.tokens, mine, device)
-            everyone = all_gather_embeddings(embedding, sizes(len(docs), world.world_size))
-            # The loss is a mean over the global batch, of which this micro-step holds a part.
-            loss = _loss(state.head, everyone, candidates, task.matcher, len(ids))
+        with engine.accumulate(last=start == starts[-1]):
+            loss = _micro_loss(engine, wrapped, state, task, window, ids[start : start + per_micro], len(ids))
             engine.backward(loss)
         loss_sum += loss.detach().double()
-        started = time.perf_counter()
     value = float(all_reduce(loss_sum))
-    encoder_params = [p for p in state.encoder.parameters() if p.requires_grad]
-    norm = engine.clip(encoder_params, state.head.parameters(), task.optimizer.clip)
+    if engine.mesh.replicas > 1:  # each replica has seen its own documents only
+        for p in state.head.parameters():
+            if p.grad is None:
+                raise AssertionError("a head without a gradient")
+            p.grad = all_reduce(p.grad, "sum", engine.mesh.replica_group)
+    norm = engine.clip(state.head.parameters(), task.optimizer.clip)
     if not (math.isfinite(value) and math.isfinite(norm)):
         raise DivergedError(
             f"level {task.level}, step {state.step}: the loss is {value} and its gradient's norm {norm}; lower "
             "optimizer.lr or optimizer.head_lr, or set engine.precision=fp32"
         )
-    for optimizer in (state.encoder_optimizer, state.head_optimizer):
-        optimizer.step()
-        optimizer.zero_grad()
+    engine.step(state.lr)
+    state.head_optimizer.step()
+    state.head_optimizer.zero_grad()
     return value, norm
+
+
+def _micro_loss(
+    engine: Engine,
+    wrapped: nn.Module,
+    state: _State,
+    task: LevelTask,
+    window: _Window,
+    docs: NDArray[np.int64],
+    batch: int,
+) -> Tensor:
+    """This rank's part of the loss of some documents of the global batch; collective.
+
+    Args:
+        docs: of all ranks, which part them in rank order.
+        batch: documents of the whole optimizer step: the loss is a mean over them.
+    """
+    started = time.perf_counter()
+    mesh, world, shard = engine.mesh, engine.world, state.head.shard
+    mine = local(docs, world.rank, world.world_size)
+    theirs = docs[slice(*mesh.replica_part(len(docs)))]
+    counts = mesh.part_sizes(len(docs))
+    candidates = task.candidates.of(theirs, state.step).restrict(shard.start, shard.stop)
+    window.add(len(docs), len(theirs), int(candidates.counts.sum()), time.perf_counter() - started)
+    with engine.autocast():
+        embedding = _encode(wrapped, task.tokens, mine, engine.device)
+    everyone = embedding
+    if len(theirs):  # else the ranks of this replica agree that there is nothing to gather
+        everyone = all_gather_embeddings(embedding, counts, mesh.shard_group, world.world_size)
+    return _loss(state.head, everyone, candidates, task.matcher, batch)
 
 
 def _encode(wrapped: nn.Module, tokens: TokenShards, mine: NDArray[np.int64], device: torch.device) -> Tensor:
@@ -244,16 +299,6 @@ def _loss(head: ShardedHead, embedding: Tensor, candidates: Candidates, cfg: Mat
     return loss + 0.0 * embedding.sum()
 
 
-def _weights(state: _State) -> dict[str, Tensor]:
-    both = (("encoder.", state.encoder), ("head.", state.head))
-    return {prefix + name: p for prefix, module in both for name, p in module.state_dict().items()}
-
-
-def _put_weights(state: _State, weights: dict[str, Tensor]) -> None:
-    for prefix, module in (("encoder.", state.encoder), ("head.", state.head)):
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-
-
 def _seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -266,10 +311,11 @@ class _Window:
 
     def restart(self, step: int) -> None:
         self.first, self.started = step, time.perf_counter()
-        self.documents, self.active, self.waiting = 0, 0, 0.0
+        self.documents, self.scored, self.active, self.waiting = 0, 0, 0, 0.0
 
-    def add(self, documents: int, active: int, waiting: float) -> None:
+    def add(self, documents: int, scored: int, active: int, waiting: float) -> None:
         self.documents += documents
+        self.scored += scored  # those of this replica
         self.active += active
         self.waiting += waiting
 
@@ -280,10 +326,10 @@ class _Window:
             "step": state.step,
             "total": task.steps,
             "loss": loss,
-            "lr": state.encoder_optimizer.param_groups[0]["lr"],
+            "lr": state.lr,
             "grad_norm": norm,
             "docs_per_s": self.documents / took,
-            "active_candidates": self.active / max(self.documents, 1),
+            "active_candidates": self.active / max(self.scored, 1),
             "data_wait_percent": 100 * self.waiting / took,
             "eta_s": (task.steps - state.step) * took / max(state.step - self.first, 1),
         }

@@ -6,6 +6,7 @@ read by any other number: encoder moments by parameter name, head moments row by
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -88,17 +89,27 @@ def moments(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Te
     return out
 
 
-def load_moments(optimizer: torch.optim.Optimizer, module: nn.Module, saved: dict[str, Tensor]) -> None:
-    """Put back what `moments` gave; parameters without saved state start fresh."""
+def load_moments(
+    optimizer: torch.optim.Optimizer,
+    module: nn.Module,
+    saved: Mapping[str, Tensor],
+    place: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> None:
+    """Put back what `moments` gave; parameters without saved state start fresh.
+
+    Args:
+        place: gives the first tensor the device and placement of the second; default: the device.
+    """
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, value in saved.items():
+        name, _, moment = key.rpartition(".")
+        by_name.setdefault(name, {})[moment] = value
     for name, p in module.named_parameters():
         state: dict[str, Any] = {}
-        for key, value in saved.items():
-            if key.rpartition(".")[0] != name:
-                continue
-            moment = key.rpartition(".")[2]
+        for moment, value in by_name.get(name, {}).items():
             if moment == "step":
                 state[moment] = value.reshape(()).to(p.device).clone()
             else:
-                state[moment] = value.to(p.device).clone()
+                state[moment] = (value.to(p.device) if place is None else place(value, p)).detach().clone()
         if state:
             optimizer.state[p] = state
