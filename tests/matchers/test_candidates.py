@@ -10,6 +10,7 @@ from xmcdist.matchers.candidates import Candidates, CandidateSource, children_of
 
 CHILD_PTR = np.array([0, 3, 3, 7, 11, 16], dtype=np.int64)  # the second parent has no children
 N, K = 40, 16
+FIELDS = ("doc_ptr", "node", "value", "weight", "counts")
 
 
 def _level(seed: int = 0) -> tuple[sp.csr_matrix, sp.csr_matrix]:
@@ -68,7 +69,7 @@ def test_take_is_as_if_asked_for_alone() -> None:
     whole = _source(6).of(np.arange(N), 2)
     places = np.array([7, 3, 39, 3], dtype=np.int64)
     one, other = whole.take(places), _source(6).of(places, 2)
-    assert all(np.array_equal(getattr(one, f), getattr(other, f)) for f in ("doc_ptr", "node", "value", "counts"))
+    assert all(np.array_equal(getattr(one, f), getattr(other, f)) for f in FIELDS)
     assert whole.take([]).num_docs == 0
 
 
@@ -101,6 +102,33 @@ def test_negatives_are_drawn_evenly() -> None:
     assert hits[4] == draws
     share = np.delete(hits, 4) / draws  # 3 of 9: a third each, standard error 0.006
     assert np.all(np.abs(share - 1 / 3) < 0.03)
+
+
+@pytest.mark.parametrize("cap", [1000, 5])
+def test_a_negative_weighs_what_its_parent_does(cap: int) -> None:
+    M, Y = _level()
+    M.data[::3] = 0.0  # an active parent whose score underflowed
+    M.data[1::3] = 1.0
+    source = CandidateSource(M, Y, CHILD_PTR, max_active=cap, seed=0, level=2, weighted=True)
+    got, plain = (s.of(np.arange(N), 3) for s in (source, _source(cap)))
+    parent = np.searchsorted(CHILD_PTR, np.arange(K), side="right") - 1
+    dense = M.toarray()
+    for i, node, value, weight in zip(got.doc(), got.node, got.value, got.weight, strict=True):
+        assert weight == (1.0 if value else dense[i, parent[node]])
+    assert {0.0, 1.0} < set(got.weight.tolist())
+    assert all(np.array_equal(getattr(got, f), getattr(plain, f)) for f in FIELDS if f != "weight")
+    assert np.all(plain.weight == 1)
+
+
+def test_weights_go_with_their_pairs() -> None:
+    M, Y = _level()
+    whole = CandidateSource(M, Y, CHILD_PTR, max_active=1000, seed=0, level=2, weighted=True).of(np.arange(N), 0)
+    of = dict(zip(zip(whole.doc().tolist(), whole.node.tolist(), strict=True), whole.weight.tolist(), strict=True))
+    assert len(set(of.values())) > 10
+    part = whole.take([9, 4, 9]).restrict(2, 11)
+    pairs = zip(part.doc().tolist(), part.node.tolist(), part.weight.tolist(), strict=True)
+    assert all(weight == of[(9, 4, 9)[place], node + 2] for place, node, weight in pairs)
+    assert len(part.weight) == len(part.node) > 0
 
 
 def test_children_of_ranges() -> None:
