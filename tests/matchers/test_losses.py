@@ -52,7 +52,7 @@ def test_weighted_losses_and_gradients_equal_plain_loops(name: str) -> None:
             sign, s = (1 if y[i, k] else -1), float(scores.detach()[i, k])
             weight = 1.0 if true[i, p] else float(found[i, p])
             if name == "weighted_squared_hinge" and y[i, k]:
-                weight *= y[i, k]
+                weight *= float(y[i, k])
             if name == "bce":
                 term, d = math.log1p(math.exp(-sign * s)), -sign / (1 + math.exp(sign * s))
             else:
