@@ -26,7 +26,9 @@ from xmcdist.encoders.hf import Encoder
 from xmcdist.parallel.collectives import all_reduce, group_size
 from xmcdist.parallel.mesh import Mesh
 
-__all__ = ["Engine", "Weights", "open_engine"]
+__all__ = ["ENGINES", "Engine", "Weights", "open_engine"]
+
+ENGINES = ("cpu", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload")
 
 Weights = Mapping[str, Tensor]
 """Tensors by name: whole and equal on every rank, or DTensors over all ranks."""
@@ -169,7 +171,8 @@ def open_engine(cfg: EngineConfig, mesh: Mesh) -> Engine:
     """The engine that a configuration names; collective.
 
     Args:
-        cfg: ``name`` one of cpu, ddp (the same: DDP on more than one rank).
+        cfg: ``name`` one of cpu, ddp (the same: DDP on more than one rank), fsdp2, zero1, zero2,
+            zero3, zero3_offload.
         mesh: of the job.
 
     Raises:
@@ -179,4 +182,8 @@ def open_engine(cfg: EngineConfig, mesh: Mesh) -> Engine:
         from xmcdist.training.engines.ddp import ReplicatedEngine
 
         return ReplicatedEngine(cfg, mesh)
-    raise UserError(f"engine.name={cfg.name} is none of cpu, ddp")
+    if cfg.name == "fsdp2":
+        from xmcdist.training.engines.fsdp2 import ShardedEngine
+
+        return ShardedEngine(cfg, mesh)
+    raise UserError(f"engine.name={cfg.name} is none of {', '.join(ENGINES)}")
