@@ -30,6 +30,7 @@ from xmcdist.matchers.candidates import Candidates, CandidateSource
 from xmcdist.matchers.head import ShardedHead
 from xmcdist.matchers.losses import ragged_loss
 from xmcdist.parallel.collectives import all_gather_embeddings, all_reduce
+from xmcdist.parallel.traffic import TRAFFIC
 from xmcdist.schedules.lr import lr_factor
 from xmcdist.training.engine import Engine
 from xmcdist.training.optim import head_optimizer, load_moments, moments, set_lr
@@ -294,7 +295,8 @@ def _loss(head: ShardedHead, embedding: Tensor, candidates: Candidates, cfg: Mat
 
     doc, node, value = tensor(candidates.doc()), tensor(candidates.node), tensor(candidates.value)
     scores = head(embedding, doc, node, cfg.scoring)
-    loss = ragged_loss(cfg.loss, scores, value, doc, tensor(candidates.counts), documents)
+    counts, weight = tensor(candidates.counts), tensor(candidates.weight)
+    loss = ragged_loss(cfg.loss, scores, value, doc, counts, documents, weight)
     # A rank without a candidate has no path to the encoder otherwise.
     return loss + 0.0 * embedding.sum()
 
@@ -310,7 +312,7 @@ class _Window:
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        self.first, self.started = step, time.perf_counter()
+        self.first, self.started, self.traffic = step, time.perf_counter(), TRAFFIC.copy()
         self.documents, self.scored, self.active, self.waiting = 0, 0, 0, 0.0
 
     def add(self, documents: int, scored: int, active: int, waiting: float) -> None:
@@ -321,6 +323,7 @@ class _Window:
 
     def flush(self, task: LevelTask, state: _State, loss: float, norm: float) -> dict[str, Any]:
         took = max(time.perf_counter() - self.started, 1e-9)
+        steps, traffic = max(state.step - self.first, 1), TRAFFIC.since(self.traffic)
         row = {
             "level": task.level,
             "step": state.step,
@@ -331,7 +334,9 @@ class _Window:
             "docs_per_s": self.documents / took,
             "active_candidates": self.active / max(self.scored, 1),
             "data_wait_percent": 100 * self.waiting / took,
-            "eta_s": (task.steps - state.step) * took / max(state.step - self.first, 1),
+            "collective_percent": 100 * traffic.seconds / took,
+            "sent_bytes_per_step": traffic.total / steps,
+            "eta_s": (task.steps - state.step) * took / steps,
         }
         self.restart(state.step)
         return row
