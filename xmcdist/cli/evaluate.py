@@ -7,7 +7,7 @@ from xmcdist.config.schema import EvaluateConfig
 
 
 def main() -> None:
-    """Evaluate a model folder."""
+    """Evaluate a model folder; on several processes when started through ``accelerate launch``."""
     run("evaluate", _evaluate)
 
 
@@ -16,7 +16,7 @@ def _evaluate(cfg: EvaluateConfig) -> None:
     from xmcdist.parallel.launch import setup, shutdown
     from xmcdist.pipelines.evaluation import TABLE_KEYS, evaluate_model
 
-    world = setup()
+    world = setup(use_gpu=False)
     metrics = evaluate_model(cfg, world)
     if world.is_main:
         print(format_table({"model": metrics}, TABLE_KEYS))

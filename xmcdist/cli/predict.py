@@ -7,12 +7,16 @@ from xmcdist.config.schema import PredictConfig
 
 
 def main() -> None:
-    """Predict with a model folder."""
+    """Predict with a model folder; on several processes when started through ``accelerate launch``."""
     run("predict", _predict)
 
 
 def _predict(cfg: PredictConfig) -> None:
+    from xmcdist.parallel.launch import setup, shutdown
     from xmcdist.pipelines.predict import predict_file
 
-    count = predict_file(cfg)
-    print(f"{count} documents -> {cfg.output}")
+    world = setup(use_gpu=False)
+    count = predict_file(cfg, world)
+    if world.is_main:
+        print(f"{count} documents -> {cfg.output}")
+    shutdown()

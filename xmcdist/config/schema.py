@@ -162,12 +162,14 @@ class RankerConfig:
 class EngineConfig:
     """Batching, precision, threads and the data-parallel engine."""
 
-    name: str = "cpu"  # cpu | ddp
+    name: str = "cpu"  # cpu | ddp | fsdp2 | zero1 | zero2 | zero3 | zero3_offload
+    label_shards: int | None = None  # ranks that share one copy of the label rows; null: all
     global_batch: int = 32  # documents an optimizer step, over all ranks
     micro_batch: int = 32  # most documents a rank encodes at once; accumulation is derived
     precision: str = "fp32"  # fp32 | bf16 | auto: bf16 where every rank's processor has it
     threads: int | None = None  # a process; null: cores divided by local processes
     timeout_s: int = 1800  # a collective without an answer ends the job
+    deepspeed_config: str | None = None  # JSON of further DeepSpeed settings; null: launch/deepspeed/<name>.json
 
 
 @dataclass
@@ -230,6 +232,7 @@ class PredictConfig:
     k: int = 10
     beam: int | None = None  # null: as trained
     batch: int = 1024  # documents at a time
+    parallel: str = "documents"  # on several processes: documents | labels
 
 
 @dataclass
@@ -241,7 +244,8 @@ class EvaluateConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     beam: int | None = None
-    batch: int = 1024
+    batch: int = 256
+    parallel: str = "documents"
 
 
 @dataclass

@@ -13,6 +13,8 @@ Source: Yu et al., PECOS (arXiv:2010.05878), inference.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
@@ -109,7 +111,7 @@ def predict_level(
     if weights_t.num_nodes != child_ptr[-1]:
         raise ValueError(f"weights of {weights_t.num_nodes} nodes, the level has {child_ptr[-1]}")
     step = Step.of(weights_t, child_ptr, PostProcessor.named(post_processor), beam)
-    start = (parent_scores.indptr, parent_scores.indices, parent_scores.data)
+    start: Any = (parent_scores.indptr, parent_scores.indices, parent_scores.data)  # cast block by block
     return to_csr(_search([step], features, start, threads), int(child_ptr[-1]))
 
 

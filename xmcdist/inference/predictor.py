@@ -49,13 +49,23 @@ class Predictor:
         meta: dict[str, object],
         tfidf: Tfidf | None,
         embedder: TextEmbedder | None,
+        *,
+        is_part: bool = False,
     ) -> None:
         self.rankers, self.label_texts, self.label_frequency = rankers, label_texts, label_frequency
         self.meta, self.tfidf, self.embedder = meta, tfidf, embedder
+        self.is_part = is_part
 
     @classmethod
-    def load(cls, path: str | Path, *, trust_remote_code: bool = False) -> Predictor:
+    def load(cls, path: str | Path, *, trust_remote_code: bool = False, part: tuple[int, int] = (0, 1)) -> Predictor:
         """Open a model folder; runs no code from it unless it is trusted.
+
+        Args:
+            path: the folder.
+            trust_remote_code: let its encoder run code of its own.
+            part: (rank, number of ranks) to hold only this rank's labels; `predict` and
+                `scores` are then collective, each rank asks for documents of its own (perhaps
+                none), and all must ask equally often.
 
         Raises:
             UserError: no model there, a newer format, or a damaged file.
@@ -73,6 +83,7 @@ class Predictor:
             embedder = TextEmbedder.load(folder / "encoder", trust_remote_code=trust_remote_code)
         try:
             rankers = LinearTree.load(folder / "rankers")
+            rankers = rankers.part(*part) if part[1] > 1 else rankers
         except ValueError as error:
             raise UserError(str(error)) from error
         return cls(
@@ -82,6 +93,7 @@ class Predictor:
             meta,
             Tfidf.load(folder / "tfidf") if meta["tfidf"] else None,
             embedder,
+            is_part=part[1] > 1,
         )
 
     @property
@@ -135,7 +147,12 @@ class Predictor:
         beam: int | None = None,
     ) -> sp.csr_matrix:
         """Scores of the best ``k`` labels as CSR ``[n, L]``; see `predict`."""
-        return beam_search(
+        search = beam_search
+        if self.is_part:
+            from xmcdist.inference.sharded import beam_search_sharded
+
+            search = beam_search_sharded
+        return search(
             self.rankers,
             self._features(texts, features),
             beam=beam or int(str(self.meta["beam"])),
@@ -161,5 +178,8 @@ class Predictor:
             if sparse.shape[1] != self.rankers.num_sparse:
                 raise UserError(f"features have {sparse.shape[1]} columns; the model has {self.rankers.num_sparse}")
         if self.embedder is not None and self.rankers.num_dense:
-            dense = unit_vectors(self.embedder(list(texts or [])))
+            if texts:
+                dense = unit_vectors(self.embedder(list(texts)))
+            else:
+                dense = np.zeros((0, self.rankers.num_dense), np.float32)
         return Features(sparse=sparse, dense=dense)

@@ -18,15 +18,19 @@ from xmcdist.data.prepare import prepare
 from xmcdist.evaluation.metrics import MetricSums
 from xmcdist.inference.beam import top_k_arrays
 from xmcdist.inference.predictor import Predictor
+from xmcdist.observability.log import RunLog
 from xmcdist.parallel.collectives import broadcast_object
 from xmcdist.parallel.launch import World
 from xmcdist.parallel.shards import row_range
+from xmcdist.pipelines.together import errors_together, model_part, share_cores
 from xmcdist.sparse.csr import unit_rows
 
 __all__ = ["TABLE_KEYS", "evaluate_model", "label_frequency", "measure"]
 
 TABLE_KEYS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@5", "R@10")
 """Columns of the table a person sees; results.json has all."""
+
+_CHUNK = 4096  # documents measured in one go
 
 
 def label_frequency(Y: sp.csr_matrix) -> np.ndarray:
@@ -42,16 +46,23 @@ def measure(
     cfg: EvaluationConfig,
     propensity: tuple[float, float],
     world: World,
-    batch: int = 4096,
+    batch: int | None = None,
+    tick: Callable[[int], None] = lambda done: None,
 ) -> dict[str, float]:
     """Metrics of a predictor over all test documents; collective.
 
     Args:
-        predict: ``(start, stop)`` of test documents to scores ``[stop - start, L]``.
+        predict: ``(start, stop)`` of test documents to scores ``[stop - start, L]``.  With
+            ``batch`` all ranks call it equally often, some for no documents, so it may be
+            collective.
         Y: true labels ``[N, L]``.
         frequency: training documents of each label ``[L]``.
         num_train: number of training documents.
         propensity: constants A and B of the propensity model.
+        batch: documents of a block; blocks are dealt out to the ranks in turn, so that a block
+            holds the same documents whatever the number of ranks.  None: every rank takes a
+            contiguous share, for predictors to which blocks mean nothing.
+        tick: told how many documents all ranks have done.
 
     Returns:
         Percent by key, such as ``"P@1"``, ``"PSP@5"``, ``"tail/R@10"``.
@@ -65,13 +76,22 @@ def measure(
         head_share=cfg.head_share,
         tail_below=cfg.tail_below,
     )
-    start, stop = row_range(Y.shape[0], world.rank, world.world_size)
-    for first in range(start, stop, batch):
-        last = min(first + batch, stop)
+    for first, last in _shares(Y.shape[0], world, batch):
         _, labels = top_k_arrays(predict(first, last), max(cfg.ks))
-        sums.update(labels, Y[first:last])
+        if last > first:
+            sums.update(labels, Y[first:last])
+        tick(min(last * world.world_size if batch is None else last, Y.shape[0]))
     sums.reduce(world)
     return sums.result()
+
+
+def _shares(documents: int, world: World, batch: int | None) -> list[tuple[int, int]]:
+    """Ranges of documents that this rank measures, see `measure`."""
+    if batch is None:
+        start, stop = row_range(documents, world.rank, world.world_size)
+        return [(first, min(first + _CHUNK, stop)) for first in range(start, stop, _CHUNK)]
+    turns = range(world.rank * batch, world.rank * batch + documents, world.world_size * batch)
+    return [(min(first, documents), min(first + batch, documents)) for first in turns]
 
 
 def evaluate_model(cfg: EvaluateConfig, world: World) -> dict[str, float]:
@@ -83,14 +103,18 @@ def evaluate_model(cfg: EvaluateConfig, world: World) -> dict[str, float]:
     Raises:
         UserError: no test split, or the data set names labels that the model does not know.
     """
-    predictor = Predictor.load(cfg.model)
+    share_cores(world)
+    with errors_together():
+        if cfg.batch < 1:
+            raise UserError(f"batch={cfg.batch} must be at least 1")
+        predictor = Predictor.load(cfg.model, part=model_part(cfg.parallel, world))
     scratch = tempfile.mkdtemp(prefix="xmcdist-") if world.is_main and not cfg.dataset.prepared else None
     try:
         folder = Path(broadcast_object(cfg.dataset.prepared or str(Path(str(scratch), "prepared"))))
-        if world.is_main:
-            prepare(cfg.dataset, folder)
-        world.barrier()
-        metrics = _evaluate(cfg, predictor, PreparedDataset.open(folder), world)
+        with errors_together():
+            if world.is_main:
+                prepare(cfg.dataset, folder)
+        metrics = _evaluate(cfg, predictor, folder, world)
         world.barrier()
     finally:
         if scratch:
@@ -100,30 +124,35 @@ def evaluate_model(cfg: EvaluateConfig, world: World) -> dict[str, float]:
     return metrics
 
 
-def _evaluate(cfg: EvaluateConfig, predictor: Predictor, data: PreparedDataset, world: World) -> dict[str, float]:
-    if not data.has_test:
-        raise UserError(f"{cfg.dataset.path} has no test documents")
-    X = data.X("tst") if predictor.wants_features else None
-    if predictor.wants_features and X is None:
-        raise UserError(f"the model was trained on given features, and {cfg.dataset.path} has no X.tst")
-    if predictor.wants_text and not data.has_text:
-        raise UserError(f"the model reads texts, and {cfg.dataset.path} has none")
+def _evaluate(cfg: EvaluateConfig, predictor: Predictor, folder: Path, world: World) -> dict[str, float]:
+    with errors_together():
+        data = PreparedDataset.open(folder)
+        if not data.has_test:
+            raise UserError(f"{cfg.dataset.path} has no test documents")
+        X = data.X("tst") if predictor.wants_features else None
+        if predictor.wants_features and X is None:
+            raise UserError(f"the model was trained on given features, and {cfg.dataset.path} has no X.tst")
+        if predictor.wants_text and not data.has_text:
+            raise UserError(f"the model reads texts, and {cfg.dataset.path} has none")
+        Y = _in_model_order(data, predictor)
 
     def predict(start: int, stop: int) -> sp.csr_matrix:
         texts = list(data.texts("tst").iterate(start, stop)) if predictor.wants_text else None
         given = unit_rows(X[start:stop]) if X is not None else None
         return predictor.scores(texts, features=given, k=max(cfg.evaluation.ks), beam=cfg.beam)
 
-    return measure(
-        predict,
-        _in_model_order(data, predictor),
-        predictor.label_frequency,
-        predictor.num_train,
-        cfg.evaluation,
-        (cfg.dataset.propensity_a, cfg.dataset.propensity_b),
-        world,
-        cfg.batch,
-    )
+    with RunLog(None, world).progress("evaluate", Y.shape[0]) as tick:
+        return measure(
+            predict,
+            Y,
+            predictor.label_frequency,
+            predictor.num_train,
+            cfg.evaluation,
+            (cfg.dataset.propensity_a, cfg.dataset.propensity_b),
+            world,
+            cfg.batch,
+            tick,
+        )
 
 
 def _in_model_order(data: PreparedDataset, predictor: Predictor) -> sp.csr_matrix:

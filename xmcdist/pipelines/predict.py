@@ -1,60 +1,170 @@
-"""``xmcdist predict``: a file of documents in, JSONL out, in blocks."""
+"""``xmcdist predict``: a file of documents in, JSONL out, in blocks that are dealt out to the ranks."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 from xmcdist.checkpoint.atomic import no_space_is_clear
 from xmcdist.config.errors import UserError
 from xmcdist.config.schema import PredictConfig
 from xmcdist.data.lines import byte_lines, decode
-from xmcdist.inference.predictor import Predictor
+from xmcdist.inference.predictor import Prediction, Predictor
+from xmcdist.observability.log import RunLog
+from xmcdist.parallel.collectives import gather_objects
+from xmcdist.parallel.launch import World
+from xmcdist.pipelines.together import errors_together, model_part, share_cores
 
 __all__ = ["predict_file"]
 
+_SAY_EVERY_S = 30.0
+_COPY = 1 << 22  # bytes
 
-def predict_file(cfg: PredictConfig) -> int:
-    """Predict labels for every document of a file; the output appears whole or not at all.
+
+def predict_file(cfg: PredictConfig, world: World | None = None) -> int:
+    """Predict labels for every document of a file; collective.
+
+    Blocks of ``cfg.batch`` lines are dealt out to the ranks in turn; every rank writes the
+    answers to its blocks beside the output, and rank 0 strings them together in the order of
+    the input.  The output appears whole or not at all, and does not depend on the number of
+    ranks: a block is a block on any.
 
     Returns:
         The number of documents.
 
     Raises:
-        UserError: input missing, not UTF-8, or (``.jsonl``) a line without the text column.
+        UserError: input missing, not UTF-8, or (``.jsonl``) a line without the text column; on
+            all ranks, whichever found it.
     """
-    source, target = Path(cfg.input), Path(cfg.output)
-    if not source.is_file():
-        raise UserError(f"input={source} does not exist")
-    if cfg.k < 1:
-        raise UserError(f"k={cfg.k} must be at least 1")
-    predictor = Predictor.load(cfg.model)
-    if predictor.wants_features:
-        raise UserError(f"{cfg.model} was trained on given features, not on texts: use xmcdist.load(...).predict")
-    beside = target.with_name(target.name + ".tmp")
-    count = 0
-    documents = _documents(source, cfg.text_column)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    world = world or World.single()
+    share_cores(world)
+    target = Path(cfg.output)
+    with errors_together():
+        predictor = _open(cfg, world)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.part-{world.rank:05d}.tmp")
+    whole = target.with_name(f"{target.name}.tmp")
     try:
-        with no_space_is_clear(target), open(beside, "w", encoding="utf-8") as out:
-            while block := list(islice(documents, cfg.batch)):
-                for answers in predictor.predict(block, k=cfg.k, beam=cfg.beam):
-                    row = [{"label": a.label, "id": a.label_id, "score": round(a.score, 6)} for a in answers]
-                    out.write(json.dumps({"document": count, "labels": row}, ensure_ascii=False) + "\n")
-                    count += 1
-        beside.replace(target)
+        with open(part, "wb") as out:
+            sizes, count = _predict(cfg, world, predictor, out)
+        sizes_of = gather_objects(sizes)
+        with errors_together():
+            if world.world_size == 1:
+                part.replace(target)
+            elif world.is_main:
+                parts = [target.with_name(f"{target.name}.part-{r:05d}.tmp") for r in range(world.world_size)]
+                with no_space_is_clear(target):
+                    _join(whole, parts, sizes_of)
+                whole.replace(target)
     finally:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+        if world.is_main:
+            whole.unlink(missing_ok=True)
     return count
 
 
-def _documents(path: Path, text_column: str) -> Iterator[str]:
+def _open(cfg: PredictConfig, world: World) -> Predictor:
+    if not Path(cfg.input).is_file():
+        raise UserError(f"input={cfg.input} does not exist")
+    for name, value in (("k", cfg.k), ("batch", cfg.batch)):
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1")
+    predictor = Predictor.load(cfg.model, part=model_part(cfg.parallel, world))
+    if predictor.wants_features:
+        raise UserError(f"{cfg.model} was trained on given features, not on texts: use xmcdist.load(...).predict")
+    return predictor
+
+
+def _predict(cfg: PredictConfig, world: World, predictor: Predictor, out: BinaryIO) -> tuple[list[int], int]:
+    """Answer this rank's blocks; bytes of each of its blocks, and the number of documents of all ranks."""
+    source = Path(cfg.input)
+    log, began = RunLog(None, world), time.monotonic()
+    rounds = _rounds(source, cfg.text_column, cfg.batch, world)
+    sizes: list[int] = []
+    answers: list[list[Prediction]] = []
+    said, first, read = began, 0, 0
+    total = 0 if source.suffix == ".gz" else source.stat().st_size
+    with log.progress("predict", total) as tick:
+        while True:
+            with errors_together():  # the round before is written, the next is read
+                if answers:
+                    with no_space_is_clear(Path(cfg.output)):
+                        sizes.append(out.write(_lines(first, answers)))
+                        out.flush()
+                here = next(rounds, None)
+            if here is None:
+                return sizes, read
+            first, read = here.first, here.documents
+            answers = predictor.predict(here.texts, k=cfg.k, beam=cfg.beam)  # with parallel=labels collective
+            tick(min(here.bytes, total))
+            if time.monotonic() - said > _SAY_EVERY_S:
+                said = time.monotonic()
+                log.say(f"predict: {read} documents, {read / (said - began):.0f}/s")
+
+
+class _Round(NamedTuple):
+    """One block for every rank."""
+
+    first: int  # number of the own block's first document
+    texts: list[str]  # the own block, at the end of the file perhaps short or empty
+    documents: int  # of the file up to the end of the round
+    bytes: int
+
+
+def _rounds(path: Path, text_column: str, batch: int, world: World) -> Iterator[_Round]:
+    """Blocks of lines in turn to the ranks; every rank reads all lines but only looks into its own."""
     is_json = path.name.removesuffix(".gz").endswith(".jsonl")
-    for number, raw in byte_lines(path):
-        line = decode(raw, path, number)
-        yield _json_text(path, number, line, text_column) if is_json else line
+    lines = byte_lines(path)
+    documents = size = 0
+    while True:
+        before, first, texts = documents, documents, []
+        for rank in range(world.world_size):
+            if rank == world.rank:
+                first = documents
+            for number, raw in islice(lines, batch):
+                documents, size = documents + 1, size + len(raw) + 1
+                if rank == world.rank:
+                    line = decode(raw, path, number)
+                    texts.append(_json_text(path, number, line, text_column) if is_json else line)
+        if documents == before:
+            return
+        yield _Round(first, texts, documents, size)
+
+
+def _lines(first: int, answers: Sequence[Sequence[Prediction]]) -> bytes:
+    """Answers as JSONL; the first is to document ``first``."""
+    rows = []
+    for number, answer in enumerate(answers, first):
+        labels = [{"label": a.label, "id": a.label_id, "score": round(a.score, 6)} for a in answer]
+        rows.append(json.dumps({"document": number, "labels": labels}, ensure_ascii=False) + "\n")
+    return "".join(rows).encode("utf-8")
+
+
+def _join(path: Path, parts: Sequence[Path], sizes: Sequence[Sequence[int]]) -> None:
+    """String blocks together in the order of the input: the first of each rank, the second of each, ...
+
+    Args:
+        sizes: bytes of every block, by rank.
+    """
+    files = [open(part, "rb") for part in parts]  # noqa: SIM115 -- closed below
+    try:
+        with open(path, "wb") as out:
+            for turn in range(max(map(len, sizes))):
+                for file, own in zip(files, sizes, strict=True):
+                    left = own[turn] if turn < len(own) else 0
+                    while left:
+                        chunk = file.read(min(left, _COPY))
+                        if not chunk:
+                            raise UserError(f"{file.name} is shorter than it was written: is the output folder shared?")
+                        out.write(chunk)
+                        left -= len(chunk)
+    finally:
+        for file in files:
+            file.close()
 
 
 def _json_text(path: Path, number: int, line: str, column: str) -> str:

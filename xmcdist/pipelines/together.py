@@ -1,0 +1,51 @@
+"""What commands on several processes share: one error for all, the cores, the parts of a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from xmcdist.config.errors import UserError
+from xmcdist.parallel.collectives import gather_objects
+from xmcdist.parallel.launch import World
+
+__all__ = ["PARALLEL", "errors_together", "model_part", "share_cores"]
+
+PARALLEL = ("documents", "labels")
+
+
+@contextmanager
+def errors_together() -> Iterator[None]:
+    """Around work without collectives: the `UserError` of any rank is raised on all; collective.
+
+    Raises:
+        UserError: that of the first rank that has one.
+    """
+    own: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        own = error
+    told = [text for text in gather_objects(None if own is None else str(own)) if text is not None]
+    if told:
+        raise UserError(told[0]) from own
+
+
+def share_cores(world: World) -> None:
+    """Give each process of this machine its share of the cores, for the compiled kernels."""
+    import numba
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    numba.set_num_threads(min(max(1, cores // world.local_world_size), numba.get_num_threads()))
+
+
+def model_part(parallel: str, world: World) -> tuple[int, int]:
+    """(part, parts) of the model that this rank holds: the whole of it where documents are shared out.
+
+    Raises:
+        UserError: ``parallel`` is none of `PARALLEL`.
+    """
+    if parallel not in PARALLEL:
+        raise UserError(f"parallel={parallel} is none of {', '.join(PARALLEL)}")
+    return (world.rank, world.world_size) if parallel == "labels" else (0, 1)
