@@ -65,6 +65,7 @@ _AT_LEAST: dict[str, float] = {
     "engine.micro_batch": 1,
     "engine.timeout_s": 1,
     "checkpoint.every_steps": 0,
+    "checkpoint.keep": 1,
     "tracker.log_every": 1,
     "features.min_df": 1,
     "evaluation.tail_below": 0,

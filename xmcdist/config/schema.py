@@ -177,6 +177,8 @@ class CheckpointConfig:
     """Resumable state inside a level (stages are always committed)."""
 
     every_steps: int = 200  # 0 turns it off
+    keep: int = 2  # newest checkpoints of a level that stay
+    asynchronous: bool = True  # written by a thread, from a copy in host memory, while training goes on
 
 
 @dataclass
