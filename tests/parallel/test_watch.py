@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from xmcdist.parallel import watch
@@ -45,23 +46,24 @@ def test_a_failure_names_who_is_gone_who_is_late_and_who_never_came(
     _says(store, 2, number=1)
     monkeypatch.setattr(watch.time, "sleep", meanwhile)
     with pytest.raises(CollectiveError) as caught, collective("second", 0):
-        raise RuntimeError("Timed out\nin some file")
+        raise RuntimeError("[gloo/tcp.cc] Timed out\nin some file")
     text = str(caught.value)
     assert " second did not complete after 0 s; missing from it:\n" in text
     assert "rank 0: gone; it was last past #" in text
     assert "rank 2: alive, but past #1 all_reduce.sum since 0 s, and has not come to #" in text
     assert "rank 3: never heard of" in text
     assert "rank 1" not in text
-    assert text.endswith("the backend says: Timed out")
+    assert text.endswith("the backend says: [gloo/tcp.cc] Timed out")
 
 
 def test_a_fault_inside_is_told_once_and_other_errors_pass_through(store: dist.HashStore) -> None:
     watch.stop()
     with pytest.raises(CollectiveError, match=r"#\d+ inner did not complete"), collective("outer", 0):  # noqa: SIM117
         with collective("inner", 0):
-            raise RuntimeError("closed")
-    with pytest.raises(KeyError), collective("lookup", 0):
-        raise KeyError("mine")
+            raise RuntimeError("[gloo] closed")
+    for mine in (KeyError("mine"), torch.OutOfMemoryError("mine")):
+        with pytest.raises(type(mine)), collective("backward", 0):
+            raise mine
 
 
 def test_every_call_is_counted_and_told(store: dist.HashStore) -> None:

@@ -134,7 +134,8 @@ def collective(op: str, sent: int) -> Iterator[None]:
         sent: bytes that leave this rank, see `xmcdist.parallel.traffic`.
 
     Raises:
-        CollectiveError: instead of the backend's own error.
+        CollectiveError: instead of the backend's own error; other errors, such as memory that
+            has run out in a backward pass, pass through.
     """
     around = (_place.op, _place.inside, _place.since)
     _place.number += 1
@@ -143,7 +144,7 @@ def collective(op: str, sent: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, CollectiveError):
+        if isinstance(error, CollectiveError) or not _of_the_network(error):
             raise
         waited = time.perf_counter() - began
         table = _watch.report() if _watch is not None else "  (the ranks are not watched)"
@@ -157,3 +158,9 @@ def collective(op: str, sent: int) -> Iterator[None]:
         else:
             _place.inside, _place.since = False, time.time()
     TRAFFIC.add(op, sent, time.perf_counter() - began)
+
+
+def _of_the_network(error: RuntimeError) -> bool:
+    """Whether it comes from gloo, NCCL or the store, which have no type of their own in common."""
+    text = str(error).lower()
+    return type(error).__name__.startswith("Dist") or "gloo" in text or "nccl" in text
