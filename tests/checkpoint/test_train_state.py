@@ -47,7 +47,7 @@ def _head(ids: range, step: int = 0) -> dict[str, Tensor]:
         "bias": torch.tensor([-float(i) for i in ids]),
         "weight.exp_avg": rows / 7,
         "bias.steps": torch.tensor(list(ids), dtype=torch.int64),
-        "best.head.weight": (rows + 0.25).to(torch.bfloat16),
+        "best.weight": (rows + 0.25).to(torch.bfloat16),
     }
 
 
@@ -74,7 +74,7 @@ def _fsdp(world_size: int) -> dict[str, Tensor]:
 def _save(store: StateStore, step: int, n: int, encoder: dict[str, Tensor]) -> None:
     """Save, and then change everything in place, as the next step would."""
     head = _head(_ids(n, store.mesh.shard, store.mesh.shards), step)
-    with_best = encoder | {f"best.encoder.{k}": v + 1 for k, v in encoder.items()}
+    with_best = encoder | {f"best.{k}": v + 1 for k, v in encoder.items()}
     optimizer, extra = _optimizer(encoder), json.loads(json.dumps(EXTRA))
     store.save(step=step, encoder=with_best, optimizer=optimizer, head=head, num_rows=n, extra=extra)
     for tensors in (with_best, optimizer, head):
@@ -119,7 +119,7 @@ def _check(place: Path, mesh: Mesh, n: int, like: dict[str, Tensor], step: int =
     assert (state["step"], state["extra"]) == (step, EXTRA)
     _same(state["head"], _head(_ids(n, mesh.shard, mesh.shards), step))
     plain = _encoder()
-    _same(state["encoder"], plain | {f"best.encoder.{k}": v + 1 for k, v in plain.items()})
+    _same(state["encoder"], plain | {f"best.{k}": v + 1 for k, v in plain.items()})
     _same(state["optimizer"], _optimizer(plain))
     return state
 
@@ -144,7 +144,7 @@ def test_rows_written_by_any_ranks_are_read_by_any_owner(rank: int, world_size: 
         state = _check(folder / name / "step-5", layouts[0], ROWS, sharded)
         for k, like in sharded.items():
             assert isinstance(like, DTensor)
-            for t in (state["encoder"][k], state["encoder"][f"best.encoder.{k}"], state["optimizer"][f"{k}.exp_avg"]):
+            for t in (state["encoder"][k], state["encoder"][f"best.{k}"], state["optimizer"][f"{k}.exp_avg"]):
                 assert isinstance(t, DTensor)
                 assert (t.device_mesh, t.placements) == (like.device_mesh, like.placements)
                 assert t.to_local().shape == like.to_local().shape

@@ -15,7 +15,7 @@ import torch
 from tests.helpers.ranks import on_ranks
 from tests.training import problem
 from tests.training.problem import LEVEL, NODES, Hooks, Setting
-from xmcdist.checkpoint.train_state import latest, load_state, save_state
+from xmcdist.checkpoint.train_state import StateStore, load_state
 from xmcdist.config.errors import UserError
 from xmcdist.config.schema import EngineConfig
 from xmcdist.encoders.embed import TokenRows, embed
@@ -99,8 +99,7 @@ def test_equals_one_process_in_fp64(rank: int, world_size: int) -> None:
 
 @on_ranks(1, 2)
 def test_going_on_from_a_checkpoint_is_bit_for_bit(rank: int, world_size: int, tmp_path: Path) -> None:
-    world, shard = World(rank, world_size, rank, world_size, "cpu"), LabelShard(rank, world_size, NODES)
-    rows = (shard.start, shard.stop)
+    mesh = Mesh.build(World(rank, world_size, rank, world_size, "cpu"))
     for kind in ("adamw", "sparse_adam"):
         setting = Setting(micro_batch=2, dropout=0.2, steps=6, save_every=4, head=kind)
 
@@ -115,11 +114,13 @@ def test_going_on_from_a_checkpoint_is_bit_for_bit(rank: int, world_size: int, t
         seeds = gather_objects(hooks.seeds)
         assert len(set().union(*seeds)) == 6 * world_size  # every rank and step has its own dropout
         ((step, state),) = hooks.saved
-        save_state(tmp_path / kind, step=step, rows=rows, world=world, **state)
-        place = latest(tmp_path / kind, world)
+        store = StateStore(tmp_path / kind, mesh, asynchronous=False)
+        store.save(step=step, num_rows=NODES, **state)
+        place = store.latest()
         assert place is not None
         torch.manual_seed(99)  # the random state of another process
-        again, last = run(load_state(place, rows), Hooks(), setting)
+        saved = load_state(place, mesh, encoder_like=problem.encoder(setting).state_dict())
+        again, last = run(saved, Hooks(), setting)
         assert last == losses[4:]
         assert all(torch.equal(a, b) for a, b in zip(straight, again, strict=True))
 
@@ -129,12 +130,12 @@ ACROSS = Setting(micro_batch=3, steps=6, save_every=3)
 
 @on_ranks(2)
 def _leave_on_two(rank: int, world_size: int, folder: str) -> None:
-    shard, world = LabelShard(rank, world_size, NODES), World(rank, world_size, rank, world_size, "cpu")
+    mesh = Mesh.build(World(rank, world_size, rank, world_size, "cpu"))
     hooks = Hooks()
     engine = problem.engine(ACROSS, rank, world_size)
     train_level(engine, problem.encoder(ACROSS), problem.head(rank, world_size), problem.task(ACROSS), hooks)
     step, state = hooks.saved[0]
-    save_state(Path(folder), step=step, rows=(shard.start, shard.stop), world=world, **state)
+    StateStore(Path(folder), mesh, asynchronous=False).save(step=step, num_rows=NODES, **state)
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +147,12 @@ def left_by_two(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @on_ranks(1, 3)
 def test_another_number_of_ranks_goes_on(rank: int, world_size: int, left_by_two: str) -> None:
-    shard, world = LabelShard(rank, world_size, NODES), World(rank, world_size, rank, world_size, "cpu")
-    place = latest(Path(left_by_two), world)
+    mesh = Mesh.build(World(rank, world_size, rank, world_size, "cpu"))
+    place = StateStore(Path(left_by_two), mesh).latest()
     assert place is not None
-    state = load_state(place, (shard.start, shard.stop))
     encoder, head = problem.encoder(ACROSS), problem.head(rank, world_size)
+    state = load_state(place, mesh, encoder_like=encoder.state_dict())
+    shard = mesh.label_shard(NODES)
     result = train_level(problem.engine(ACROSS, rank, world_size), encoder, head, problem.task(ACROSS), Hooks(), state)
     want = problem.reference(ACROSS)
     assert np.allclose(result.losses, want.losses[3:], atol=LOSS_TOLERANCE, rtol=0)

@@ -290,10 +290,7 @@ def _check_encoder(saved: Mapping[str, torch.Size], like: Mapping[str, Tensor]) 
 
 def _like(name: str, encoder_like: Mapping[str, Tensor]) -> Tensor | None:
     """The parameter that a tensor is a copy of."""
-    for prefix in ("", "best.", "best.encoder."):
-        if name.startswith(prefix) and name.removeprefix(prefix) in encoder_like:
-            return encoder_like[name.removeprefix(prefix)]
-    return None
+    return encoder_like.get(name, encoder_like.get(name.removeprefix("best.")))
 
 
 def _of_rows(rows: Tensor, num_rows: int, mesh: Mesh) -> Tensor:
