@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from xmcdist.checkpoint.parts import write_csr, write_rows
-from xmcdist.checkpoint.train_state import latest, load_state, save_state
+from xmcdist.checkpoint.train_state import StateStore, load_state
 from xmcdist.config.errors import UserError
 from xmcdist.data.batches import GlobalBatches
 from xmcdist.data.tokens import TokenShards, write_tokens
@@ -21,14 +21,14 @@ from xmcdist.encoders.tokenizer import open_tokenizer
 from xmcdist.matchers.candidates import CandidateSource
 from xmcdist.matchers.head import ShardedHead
 from xmcdist.matchers.predict import post_processor_of, predict_level
-from xmcdist.negatives.schemes import active_parents
 from xmcdist.parallel.collectives import all_reduce_array
+from xmcdist.pipelines.hard_negatives import active_of_level, report_level
 from xmcdist.pipelines.levels import per_level, root_rows
 from xmcdist.pipelines.run import Run
 from xmcdist.rankers.solver import SolverParams, solve_level
 from xmcdist.sparse.features import Features, unit_vectors
 from xmcdist.sparse.store import open_csr
-from xmcdist.training.engine import Engine
+from xmcdist.training.engine import Engine, open_engine
 from xmcdist.training.loop import LevelTask, train_level
 from xmcdist.trees.label_tree import LabelTree
 
@@ -50,7 +50,7 @@ def match_stages(run: Run, tree_folder: Path) -> Path:
             "level, so there is nothing to fine-tune: raise it, or lower tree.nr_splits"
         )
     tokens = _tokens_stage(run)
-    engine = Engine(run.cfg.engine, run.world)
+    engine = open_engine(run.cfg.engine, run.mesh)
     above: Path | None = None
     for t in levels:
         above = _Level(run, engine, tree, tree_folder, tokens, t, above).stage()
@@ -107,7 +107,9 @@ class _Level:
         encoder = _restore_switches(encoder, run)
         self.shard = run.mesh.label_shard(self.tree.level_size(t))
         head = ShardedHead(self.shard, encoder.dim, seed=cfg.seed, level=t)
-        saved = latest(folder / "checkpoints", run.world)
+        keep = cfg.checkpoint.keep
+        self.store = StateStore(folder / "checkpoints", run.mesh, keep=keep, asynchronous=cfg.checkpoint.asynchronous)
+        saved = self.store.latest()
         if saved is None and self.above is not None:
             self._bootstrap(head, M)
         train_ids, self.validation_ids = self._split()
@@ -119,7 +121,9 @@ class _Level:
         )
         resume = None
         if saved is not None:
-            resume = load_state(saved, (self.shard.start, self.shard.stop))
+            names = encoder.state_dict().keys()
+            like = {name: x for name, x in self.engine.template(encoder).items() if name in names}
+            resume = load_state(saved, run.mesh, encoder_like=like, num_rows=self.shard.num_labels)
             run.log.say(f"match-{t}: going on at step {resume['step']}")
         task = LevelTask(
             level=t,
@@ -129,7 +133,13 @@ class _Level:
             batches=GlobalBatches(self.tokens.lengths[train_ids], cfg.engine.global_batch, cfg.seed + t),
             document_ids=train_ids,
             candidates=CandidateSource(
-                M, self.Y, self.child_ptr, max_active=cfg.negatives.max_active, seed=cfg.seed, level=t
+                M,
+                self.Y,
+                self.child_ptr,
+                max_active=cfg.negatives.max_active,
+                seed=cfg.seed,
+                level=t,
+                weighted=cfg.negatives.weight != "none",
             ),
             matcher=cfg.matcher,
             optimizer=cfg.optimizer,
@@ -141,7 +151,8 @@ class _Level:
             result = train_level(self.engine, encoder, head, task, self, resume)
         if result.stopped_early:
             run.log.say(f"match-{t}: validation stopped it after {result.steps} of {steps} steps")
-        self._finish(encoder, head)
+        self.store.finish()
+        self._finish(result.encoder, head)
 
     def _matching(self) -> sp.csr_matrix:
         """M [N, K_{t-1}], worked out by row ranges, memory-mapped."""
@@ -150,7 +161,7 @@ class _Level:
         part = root_rows(stop - start)
         if self.above is not None:
             true = open_csr(self.tree_folder / f"Y.level-{t - 1}")[start:stop]
-            part = active_parents(run.cfg.negatives.scheme, true, open_csr(self.above / "P")[start:stop])
+            part = active_of_level(run.cfg.negatives, true, self.above, start, stop)
         write_csr(self.folder / "M", part, run.world)
         return open_csr(self.folder / "M")
 
@@ -191,9 +202,7 @@ class _Level:
         E = _embed(run, encoder, self.tokens, own)
         write_rows(self.folder / "E.npy", E, run.world)
         P = self._beam(E, head, own)
-        recall = _recall(P, self.Y[own])
-        run.log.metrics({"level": self.t, "beam_recall": recall})
-        run.log.say(f"match-{self.t}: its beam of {run.cfg.matcher.beam} holds {100 * recall:.1f} % of the true nodes")
+        report_level(run, self.folder, self.tree, self.t, P, self.Y[own])
         write_csr(self.folder / "P", P, run.world)
 
     def _beam(self, E: NDArray[np.float32], head: ShardedHead, ids: NDArray[np.int64]) -> sp.csr_matrix:
@@ -208,16 +217,19 @@ class _Level:
     def log(self, values: dict[str, Any]) -> None:
         self.tick(values["step"])
         self.run.log.metrics(values)
+        sent = ""
+        if self.run.world.world_size > 1:
+            sent = f"sent {values['sent_bytes_per_step'] / 1e6:.2f} MB a step  "
         self.run.log.say(
             f"level {values['level']} step {values['step']}/{values['total']}  loss {values['loss']:.4f}  "
             f"lr {values['lr']:.2e}  {values['docs_per_s']:.0f} docs/s  grad {values['grad_norm']:.2f}  "
             f"{values['active_candidates']:.0f} candidates  waiting {values['data_wait_percent']:.0f} %  "
+            f"{sent}"
             f"ETA {values['eta_s']:.0f} s"
         )
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        rows = (self.shard.start, self.shard.stop)
-        save_state(self.folder / "checkpoints", step=step, rows=rows, world=self.run.world, **state)
+        self.store.save(step=step, num_rows=self.shard.num_labels, **state)
 
     def evaluate(self, encoder: Encoder, head: ShardedHead) -> float:
         """Beam recall of this level on the held-out documents."""

@@ -58,7 +58,7 @@ def train(cfg: RunConfig, world: World) -> dict[str, Any]:
         from xmcdist.encoders.hf import check_available
 
         check_available(cfg.encoder)
-    mesh = Mesh.build(world)
+    mesh = Mesh.build(world, cfg.engine.label_shards)
     cfg = _decide_precision(cfg, world)
     data = prepare_data(cfg, world, log.say)
     if cfg.encoder.preset != "none" and not data.has_text:

@@ -25,10 +25,13 @@ from xmcdist.config.schema import EngineConfig, OptimizerConfig
 from xmcdist.encoders.hf import Encoder
 from xmcdist.parallel.collectives import all_reduce, group_size
 from xmcdist.parallel.mesh import Mesh
+from xmcdist.parallel.watch import collective
 
 __all__ = ["ENGINES", "Engine", "Weights", "open_engine"]
 
 ENGINES = ("cpu", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload")
+
+_PART = 1 << 18  # elements squared at once
 
 Weights = Mapping[str, Tensor]
 """Tensors by name: whole and equal on every rank, or DTensors over all ranks."""
@@ -82,7 +85,8 @@ class Engine(ABC):
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of this rank's part of the loss; the encoder's are averaged over all ranks."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        with collective("backward", 0):  # DDP, FSDP2 and ours send in it
+            loss.backward()  # type: ignore[no-untyped-call]
 
     @abstractmethod
     def norm_squared(self) -> float:
@@ -162,9 +166,12 @@ class Engine(ABC):
 
 
 def squares(grads: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Sum of squares of some tensors, a float64 scalar."""
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    return sum((g.double().square().sum() for g in grads), zero)
+    """Sum of squares of some tensors, a float64 scalar; takes no memory of their size."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for g in grads:
+        for part in g.reshape(-1).split(_PART):
+            total += part.double().square().sum()
+    return total
 
 
 def open_engine(cfg: EngineConfig, mesh: Mesh) -> Engine:
@@ -178,6 +185,9 @@ def open_engine(cfg: EngineConfig, mesh: Mesh) -> Engine:
     Raises:
         UserError: an unknown name, or a launcher that was told another kind of job.
     """
+    from xmcdist.training.engines.environment import check_launch
+
+    check_launch(cfg.precision)
     if cfg.name in ("cpu", "ddp"):
         from xmcdist.training.engines.ddp import ReplicatedEngine
 
@@ -186,4 +196,8 @@ def open_engine(cfg: EngineConfig, mesh: Mesh) -> Engine:
         from xmcdist.training.engines.fsdp2 import ShardedEngine
 
         return ShardedEngine(cfg, mesh)
+    if cfg.name in ENGINES:
+        from xmcdist.training.engines.zero import ZeroEngine
+
+        return ZeroEngine(cfg, mesh)
     raise UserError(f"engine.name={cfg.name} is none of {', '.join(ENGINES)}")

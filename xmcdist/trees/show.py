@@ -10,7 +10,7 @@ import numpy as np
 from xmcdist.trees.errors import TreeError
 from xmcdist.trees.label_tree import LabelTree
 
-__all__ = ["LabelTexts", "describe_cluster", "describe_label", "describe_tree", "find_label"]
+__all__ = ["LabelTexts", "cluster_text", "describe_cluster", "describe_label", "describe_tree", "find_label"]
 
 _WIDTH = 72  # characters of a label's text
 _MOST = 20  # entries of a list
@@ -112,6 +112,15 @@ def describe_cluster(tree: LabelTree, level: int, node: int, label_texts: LabelT
     lines += ["", f"labels, {len(labels)}:"]
     lines += _capped([f"  {_label_line(label, label_texts)}" for label in labels], "labels")
     return "\n".join(lines)
+
+
+def cluster_text(tree: LabelTree, level: int, node: int, label_texts: LabelTexts, most: int = 3) -> str:
+    """The first few labels below a node and how many more there are, in one line."""
+    ptr = tree.slot_ptr(level)
+    labels = tree.labels[ptr[node] : ptr[node + 1]]
+    shown = "; ".join(_short(label_texts[int(label)]) for label in labels[:most])
+    more = len(labels) - min(len(labels), most)
+    return f"{shown}; and {more} more" if more else shown
 
 
 def find_label(text: str, label_texts: LabelTexts) -> int:
