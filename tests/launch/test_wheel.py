@@ -15,7 +15,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def packed() -> list[str]:
     """Files of the checkout that must be inside, by their names in the wheel."""
-    places = {"xmcdist": "xmcdist", "conf": "xmcdist/_conf", "data/debian-packages": "xmcdist/_data/debian-packages"}
+    places = {
+        "xmcdist": "xmcdist",
+        "conf": "xmcdist/_conf",
+        "data/debian-packages": "xmcdist/_data/debian-packages",
+        "launch/deepspeed": "xmcdist/_launch/deepspeed",
+    }
     tracked = subprocess.run(
         ["git", "ls-files", *places], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()

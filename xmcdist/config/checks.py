@@ -33,7 +33,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "schedule.name": ("linear", "cosine", "constant"),
     "ranker.post_processor": POST_PROCESSORS,
     "ranker.features": ("both", "sparse", "dense"),
-    "engine.name": ("cpu", "ddp"),
+    "engine.name": ("cpu", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"),
     "engine.precision": ("fp32", "bf16", "auto"),
     "tracker.name": ("jsonl", "wandb"),
     "tracker.mode": ("offline", "online"),
@@ -157,6 +157,11 @@ def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
         (
             e.preset != "none" and cfg.engine.global_batch < world_size,
             f"engine.global_batch={cfg.engine.global_batch} is smaller than the {world_size} processes",
+        ),
+        (
+            cfg.engine.deepspeed_config is not None and not cfg.engine.name.startswith("zero"),
+            f"engine.deepspeed_config has no effect on engine={cfg.engine.name}: use engine=zero1, zero2, zero3 or "
+            "zero3_offload",
         ),
     ]
 

@@ -71,9 +71,8 @@ class ShardedEngine(ReplicatedEngine):
         return out
 
     def plain(self) -> Encoder:
-        parameters = dict(self.encoder.named_parameters())
         skeleton: Skeleton = self.skeleton
-        return skeleton.filled(lambda name: whole(parameters[name]))
+        return skeleton.filled((name, whole(p.detach())) for name, p in self.encoder.named_parameters())
 
     def release(self) -> None:
         super().release()

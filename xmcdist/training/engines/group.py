@@ -13,4 +13,5 @@ def ensure_group(world: World) -> None:
     """Make a group of this process alone, unless the launch has made one of several."""
     if world.world_size == 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if world.device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,15 @@ class Skeleton:
         # As if these had been copied already: deepcopy puts them where the parameters are.
         self.hollow: Encoder = copy.deepcopy(encoder, dict(hollow))
 
-    def filled(self, value: Callable[[str], Tensor]) -> Encoder:
+    def filled(self, values: Iterable[tuple[str, Tensor]]) -> Encoder:
         """A whole encoder with buffers of its own.
 
         Args:
-            value: a parameter's whole value by name; called in the same order on every rank.
+            values: every parameter by name, whole; copied one after the other.
         """
+        form = dict(self.hollow.named_parameters())
         made = {
-            id(p): nn.Parameter(value(name).detach().clone(), requires_grad=p.requires_grad)
-            for name, p in self.hollow.named_parameters()
+            id(form[name]): nn.Parameter(x.detach().clone(), requires_grad=form[name].requires_grad)
+            for name, x in values
         }
         return copy.deepcopy(self.hollow, dict(made))
