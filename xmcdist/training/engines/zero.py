@@ -63,8 +63,8 @@ class ZeroEngine(Engine):
         )
         if self.module.dp_world_size != self.world.world_size:
             raise UserError(
-                f"DeepSpeed takes this job of {self.world.world_size} ranks for one of {self.module.dp_world_size}: start "
-                "it through accelerate launch or torchrun"
+                f"DeepSpeed takes this job of {self.world.world_size} ranks for one of {self.module.dp_world_size}: "
+                "start it through accelerate launch or torchrun"
             )
         kind = StageThree if self.stage == 3 else StageTwo
         self.parts = kind(self.module)
