@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,9 @@ class Setting:
     eval_every: int = 2
     patience: int = 2
     save_every: int = 0
+    nodes: int = NODES
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
 
 
 @dataclass
@@ -76,17 +80,24 @@ def tokens() -> TokenRows:
     return TokenRows([[2, *rng.integers(5, 300, rng.integers(2, 12)).tolist(), 3] for _ in range(DOCS)], pad_id=0)
 
 
-def candidates() -> CandidateSource:
+def candidates(nodes: int = NODES) -> CandidateSource:
     rng = np.random.default_rng(1)
     parents = rng.random((DOCS, 4)) < 0.5
-    counts = rng.integers(1, 4, (DOCS, NODES)) * (rng.random((DOCS, NODES)) < 0.2)
+    counts = rng.integers(1, 4, (DOCS, nodes)) * (rng.random((DOCS, nodes)) < 0.2)
     counts[7], parents[7] = 0, False  # a document without a candidate
-    M = sp.csr_matrix(parents.astype(np.float32))
-    return CandidateSource(M, sp.csr_matrix(counts.astype(np.float32)), CHILD_PTR, max_active=6, seed=SEED, level=LEVEL)
+    M, Y = sp.csr_matrix(parents.astype(np.float32)), sp.csr_matrix(counts.astype(np.float32))
+    child_ptr = CHILD_PTR if nodes == NODES else np.linspace(0, nodes, 5).astype(np.int64)
+    return CandidateSource(M, Y, child_ptr, max_active=6, seed=SEED, level=LEVEL)
 
 
 def encoder(setting: Setting) -> Encoder:
-    return load_encoder(EncoderConfig(preset="tiny", max_length=16, dropout=setting.dropout), SEED)
+    cfg = EncoderConfig(
+        preset="tiny",
+        max_length=16,
+        dropout=setting.dropout,
+        gradient_checkpointing=setting.gradient_checkpointing,
+    )
+    return load_encoder(cfg, SEED)
 
 
 def task(setting: Setting, what: TokenRows | None = None, source: CandidateSource | None = None) -> LevelTask:
@@ -98,7 +109,7 @@ def task(setting: Setting, what: TokenRows | None = None, source: CandidateSourc
         tokens=made,
         batches=GlobalBatches(made.lengths, 8, SEED),
         document_ids=np.arange(len(made.lengths)),
-        candidates=source or candidates(),
+        candidates=source or candidates(setting.nodes),
         matcher=MatcherConfig(
             loss=setting.loss,
             scoring=setting.scoring,
@@ -120,9 +131,11 @@ def task(setting: Setting, what: TokenRows | None = None, source: CandidateSourc
     )
 
 
-def engine(setting: Setting, rank: int = 0, world_size: int = 1, shards: int | None = None) -> Engine:
+def engine(setting: Setting, rank: int = 0, world_size: int = 1, shards: int | None = None, **more: Any) -> Engine:
+    """An engine on the CPU; ``more``: further fields of `EngineConfig`, such as its name."""
     world = World(rank, world_size, rank, world_size, "cpu")
-    return open_engine(EngineConfig(global_batch=8, micro_batch=setting.micro_batch), Mesh.build(world, shards))
+    cfg = EngineConfig(global_batch=8, micro_batch=setting.micro_batch, precision=setting.precision, **more)
+    return open_engine(cfg, Mesh.build(world, shards))
 
 
 def head(rank: int = 0, world_size: int = 1, nodes: int = NODES, dim: int = 64) -> ShardedHead:
@@ -143,7 +156,7 @@ class Reference:
 
 def reference(setting: Setting) -> Reference:
     """Train without shards, ranks, micro-batches or float32."""
-    model, whole, words = encoder(setting).double().train(), head(), tokens()
+    model, whole, words = encoder(setting).double().train(), head(nodes=setting.nodes), tokens()
     W, b = (torch.nn.Parameter(p.detach().double().clone()) for p in (whole.weight, whole.bias))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     groups = [
@@ -152,7 +165,7 @@ def reference(setting: Setting) -> Reference:
     ]
     optimizer = torch.optim.AdamW(groups, eps=1e-4)
     rows = _Rows([W, b], setting)
-    out, batches, source = Reference(), GlobalBatches(words.lengths, 8, SEED), candidates()
+    out, batches, source = Reference(), GlobalBatches(words.lengths, 8, SEED), candidates(setting.nodes)
     for step in range(setting.steps):
         factor = [0.0, 0.5][step] if step < 2 else 1 - (step - 2) / (setting.steps - 2)
         ids = batches.batch(step)
@@ -177,7 +190,7 @@ def reference(setting: Setting) -> Reference:
             out.first_gradients = {n: p.grad.clone() for n, p in trained.items()}
             out.first_gradients |= {"weight": W.grad.clone(), "bias": b.grad.clone()}
         out.losses.append(float(loss.detach()))
-        norm = torch.nn.utils.clip_grad_norm_([*trained.values(), W, b], setting.clip)
+        norm = torch.nn.utils.clip_grad_norm_([*trained.values(), W, b], setting.clip or math.inf)
         out.norms.append(float(norm))
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * factor

@@ -169,7 +169,7 @@ def squares(grads: Iterable[Tensor], device: torch.device) -> Tensor:
     """Sum of squares of some tensors, a float64 scalar; takes no memory of their size."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for g in grads:
-        for part in torch.split(g.reshape(-1), _PART):  # type: ignore[no-untyped-call]
+        for part in torch.split(g.reshape(-1), _PART):
             total += part.double().square().sum()
     return total
 

@@ -48,6 +48,9 @@ class Partitions(ABC):
     def set_moment(self, p: nn.Parameter, key: str, value: Tensor) -> None:
         """Write this rank's part of a moment from the whole."""
 
+    def link(self) -> None:  # noqa: B027 -- only stages 1 and 2 need it
+        """Make `moment` find what the optimizer has; not collective."""
+
     @abstractmethod
     def _flat(self) -> list[Tensor]:
         """The flat fp32 partitions that the optimizer moves; not collective."""
@@ -94,8 +97,8 @@ class StageTwo(Partitions):
 
         safe_set_full_optimizer_state(p, value, key)
 
-    def start_moments(self, steps: float) -> None:
-        super().start_moments(steps)
+    def link(self) -> None:
+        # DeepSpeed does it once, after the first group of parameters has moved and before the others have.
         self.optimizer._hp_optimizer_states_linked = False
         self.optimizer._lazy_init_hp_params_optimizer_state()
 

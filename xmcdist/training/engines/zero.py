@@ -114,6 +114,7 @@ class ZeroEngine(Engine):
         steps = self.parts.steps()
         if steps is None:
             return {}
+        self.parts.link()
         out: dict[str, Tensor] = {}
         for name, p in self.parts.trained():
             for key in _MOMENTS:
@@ -131,6 +132,7 @@ class ZeroEngine(Engine):
                 "them together: go on with engine=ddp or engine=fsdp2"
             )
         self.parts.start_moments(steps.pop())
+        self.parts.link()
         for name, p in self.parts.trained():
             for key in _MOMENTS:
                 self.parts.set_moment(p, key, whole(moments[f"{name}.{key}"]))
