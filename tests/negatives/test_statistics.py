@@ -10,6 +10,7 @@ import scipy.sparse as sp
 
 from tests.helpers.ranks import on_ranks
 from tests.negatives.beams import DOCS, NEVER_RETRIEVED, NO_POSITIVE, K, Pairs, beams, counted
+from xmcdist.negatives import confusions as confusions_module
 from xmcdist.negatives import statistics as statistics_module
 from xmcdist.negatives.confusions import Confusions
 from xmcdist.negatives.report import ConfusionRow, HardClusterRow, confusion_table, hardest_table, write_tsv
@@ -53,7 +54,7 @@ def test_equals_plain_loops(rank: int, world_size: int) -> None:
         P, Y = beams(seed)
         start, stop = DOC_CUTS[world_size][rank : rank + 2]
         for cuts in (UNEVEN[world_size], LabelShard(0, world_size, K).cuts):
-            for per_cluster, room in ((1, 17), (3, 1), (3, 150), (K, 1 << 22)):
+            for per_cluster, room in ((1, 17), (3, 1), (3, 90), (K, 1 << 22)):
                 own = P[start:stop], Y[start:stop]
                 got, confusions = collect_statistics(*own, cuts, per_cluster=per_cluster, room=room)
                 stats, pairs = counted(P, Y, per_cluster)
@@ -62,6 +63,22 @@ def test_equals_plain_loops(rank: int, world_size: int) -> None:
                     assert getattr(got, name).tolist() == stats[name], name
                 assert _rows(confusions) == pairs[cuts[rank] : cuts[rank + 1]]
                 assert confusions.start == cuts[rank]
+
+
+@pytest.mark.parametrize("room", [1, 40, 90])
+def test_an_owner_never_receives_more_than_it_has_room_for(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    received = []
+
+    def count(parts: list[np.ndarray], group: None) -> list[np.ndarray]:
+        received.append(parts[0].size // 3 if parts[0].ndim == 2 else 0)
+        return parts
+
+    monkeypatch.setattr(confusions_module, "exchange", count)
+    P, Y = beams()
+    collect_statistics(P, Y, [0, K], per_cluster=2, room=room)
+    of_cluster = [len(row) for row in counted(P, Y, K)[1]]
+    assert sum(received) == sum(of_cluster)
+    assert max(received) <= max(room, *of_cluster) < sum(of_cluster)
 
 
 @on_ranks(1, 2, 3)
