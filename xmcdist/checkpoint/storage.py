@@ -8,7 +8,7 @@ Why not torch's own storages (2.13, 400 MB a rank, *measured* on 2 cores): `File
 is fast, but leaves a pickle, and its reader loads whole parts: of what one process wrote,
 every one of eight would read all.  `HuggingFaceStorageWriter` makes two copies of the file in
 memory first and holds the interpreter for 1.2 s, in which no training step begins.
-safetensors' `save_file` (0.8) streams: 0.01 s, no copy; its reader takes slices.
+safetensors' `save_file` (0.8; older ones copy) streams: 0.01 s, no copy; its reader takes slices.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class SafetensorsWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Give each rank its file."""
-        return [SavePlan(p.items, f"rank-{r:05d}.safetensors", p.planner_data) for r, p in enumerate(plans)]
+        return [replace(p, storage_data=f"rank-{r:05d}.safetensors") for r, p in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's parts, fsync'd; parts without an element leave nothing.

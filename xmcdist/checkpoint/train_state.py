@@ -159,9 +159,11 @@ class StateStore:
             except CheckpointException as error:  # the same on all ranks; no Exception, for torch's reasons
                 raise UserError(f"{_failure(error, 'nothing was written')}; {self._safe()}") from error
             self._on_main(lambda: self._commit(partial, state))
+        except UserError as error:  # on all ranks, and all have ended their part of it
+            if self.mesh.world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            self._error = UserError(str(error))  # whose frames do not hold the copies until it is raised
         except BaseException as error:
-            if isinstance(error, UserError) and self.mesh.world.is_main:
-                shutil.rmtree(partial, ignore_errors=True)  # all ranks have ended their part of it
             self._error = error
 
     def _safe(self) -> str:
