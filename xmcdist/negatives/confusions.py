@@ -156,7 +156,8 @@ def collect_confusions(
     Returns:
         Those of this rank's own clusters.
 
-    Cost: O(sum over documents of true clusters times wrong ones); memory O(room + K) when the
+    Cost: O(sum over documents of true clusters times wrong ones), and O(per_cluster) for each of
+    the few that displace a kept one; memory O(room + K) when the
     documents are spread evenly over the ranks, at worst O(W room + K).
     """
     world, num_clusters = len(cuts) - 1, len(pairs)
@@ -170,9 +171,7 @@ def collect_confusions(
         found = [_local(beams, a, b, int(local[b] - local[a]), num_clusters) for a, b in spans]
         lengths = exchange([length for length, _ in found], group)
         triples = exchange([triple for _, triple in found], group)
-        own = spans[rank][1] - spans[rank][0]
-        row = np.concatenate([np.repeat(np.arange(own), length) for length in lengths])
-        kept.append(_heaviest(row, np.concatenate(triples), own, per_cluster))
+        kept.append(_heaviest(lengths, triples, per_cluster, num_clusters))
     ptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate([length for length, _ in kept]))])
     wrong, count, mass = np.ascontiguousarray(np.concatenate([triple for _, triple in kept]).T)
     return Confusions(int(cuts[rank]), ptr, wrong, count, mass)
@@ -200,20 +199,16 @@ def _local(beams: Beams, start: int, stop: int, room: int, num_clusters: int) ->
     return length, triples[:end]
 
 
-def _heaviest(row: I64, triples: I64, num_rows: int, keep: int) -> tuple[I64, I64]:
-    """Add up the pairs of all ranks; of every row the ``keep`` heaviest, in order."""
-    order = np.lexsort((triples[:, 0], row))
-    row, triples = row[order], triples[order]
-    first = np.ones(len(row), dtype=bool)
-    first[1:] = (row[1:] != row[:-1]) | (triples[1:, 0] != triples[:-1, 0])
-    at = np.flatnonzero(first)
-    row, wrong = row[at], triples[at, 0]
-    count, mass = (np.add.reduceat(triples[:, j], at) if len(at) else wrong for j in (1, 2))
-    order = np.lexsort((wrong, -count, -mass, row))
-    ends = np.cumsum(np.bincount(row, minlength=num_rows))
-    starts = np.concatenate([np.zeros(1, np.int64), ends])[row]
-    best = order[np.arange(len(row)) - starts < keep]  # the rows are the first key: their order stands
-    return np.bincount(row[best], minlength=num_rows), np.stack([wrong[best], count[best], mass[best]], axis=1)
+def _heaviest(lengths: list[I64], triples: list[I64], keep: int, num_clusters: int) -> tuple[I64, I64]:
+    """Add up the ranks' pairs of each row; how many are left of each, and the heaviest in order."""
+    each = np.stack(lengths)  # [W, rows]
+    ptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(each)])
+    total = each.sum(axis=0)
+    best = np.empty((int(np.minimum(total, keep).sum()), 3), np.int64)
+    scratch = np.empty((int(np.minimum(total, num_clusters).max(initial=0)), 3), np.int64)
+    length = np.zeros(each.shape[1], np.int64)
+    end = _merge(ptr, np.concatenate(triples), keep, np.zeros(num_clusters, np.int64), scratch, length, best)
+    return length, best[:end]
 
 
 @njit(cache=True)
@@ -254,4 +249,49 @@ def _pairs_of(
                 triples[at, 1] += 1
                 triples[at, 2] += fixed_point(beams[2][k])
         length[c - start] = end - begin
+    return end
+
+
+@njit(cache=True)
+def _heavier(a: I64, b: I64) -> bool:
+    """Whether pair ``a`` comes before ``b``: more mass, then more documents, then the smaller id."""
+    if a[2] != b[2]:
+        return bool(a[2] > b[2])
+    if a[1] != b[1]:
+        return bool(a[1] > b[1])
+    return bool(a[0] < b[0])
+
+
+@njit(cache=True)
+def _merge(ptr: I64, triples: I64, keep: int, place: I64, sums: I64, length: I64, best: I64) -> int:
+    """Row by row: sums over ranks, then the ``keep`` heaviest by insertion.
+
+    Rank r's pairs of a row are ``ptr[r * rows + row]`` to the next.  ``place[w]`` is where w's
+    sum is if that place is in use and holds w: so nothing needs to be cleared between rows.
+    """
+    rows, end = length.size, 0
+    for row in range(rows):
+        distinct, begin = 0, end
+        for slot in range(row, ptr.size - 1, rows):
+            for k in range(ptr[slot], ptr[slot + 1]):
+                w = triples[k, 0]
+                at = place[w]
+                if at >= distinct or sums[at, 0] != w:
+                    at = distinct
+                    place[w] = at
+                    sums[at, 0], sums[at, 1], sums[at, 2] = w, 0, 0
+                    distinct += 1
+                sums[at, 1] += triples[k, 1]
+                sums[at, 2] += triples[k, 2]
+        for k in range(distinct):
+            if end - begin < keep:
+                end += 1
+            elif not _heavier(sums[k], best[end - 1]):
+                continue
+            at = end - 1
+            while at > begin and _heavier(sums[k], best[at - 1]):
+                best[at] = best[at - 1]
+                at -= 1
+            best[at] = sums[k]
+        length[row] = end - begin
     return end
