@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from sklearn.svm import LinearSVC
 
 from tests.rankers.tiny import Problem, csr, objective, problem, reference
+from xmcdist.rankers import solver
+from xmcdist.rankers.columns import Columns
 from xmcdist.rankers.solver import SolverParams, solve_level
 from xmcdist.rankers.weights import LevelWeights
+from xmcdist.sparse.csr import l1_rows, l1_scales
 from xmcdist.sparse.features import Features
+from xmcdist.sparse.store import open_csr, save_csr
 
 TIGHT = {"eps": 1e-9, "max_iter": 100_000, "threshold": 0.0}
 
@@ -193,3 +199,78 @@ def test_what_does_not_fit_is_refused() -> None:
     for name, value in (("Cp", 0), ("eps", 0), ("max_iter", 0), ("bias", -1), ("max_nonzeros_per_label", 0)):
         with pytest.raises(ValueError, match=name):
             SolverParams(**{name: value})
+
+
+@pytest.mark.parametrize("part", ["both", "sparse", "dense"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_documents_used_where_they_are_give_the_bits_of_a_copy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: str, weighted: bool
+) -> None:
+    p = problem()
+    M = p.M.copy()
+    M.data = np.random.default_rng(4).integers(0, 3, M.nnz).astype(np.float32)
+    save_csr(tmp_path / "X", p.X)
+    np.save(tmp_path / "E.npy", p.E)
+    X, E = open_csr(tmp_path / "X"), np.load(tmp_path / "E.npy", mmap_mode="r")
+    features = Features(None if part == "dense" else X, None if part == "sparse" else E)
+    params = SolverParams(Cp=3, Cn=0.5, seed=7, weighted_negatives=weighted, max_nonzeros_per_label=12)
+    found = []
+    for share in (2.0, 0.5, 0.0):  # never, for clusters with more than half of all documents, always
+        monkeypatch.setattr(solver, "_MOST", share)
+        found += [solve_level(features, p.Y, M, p.child_ptr, params, threads=threads) for threads in (1, 3)]
+    for other in found[1:]:
+        assert same(other, found[0], p.child_ptr)
+
+
+def test_negatives_weigh_what_the_matching_says() -> None:
+    p = problem()
+    A = p.M.toarray() * np.random.default_rng(2).choice([0.05, 0.4, 1.0, 3.0], size=p.M.shape)
+    params = SolverParams(Cp=2, Cn=1.5, weighted_negatives=True, **TIGHT)
+    got = rows(solve_level(p.both, p.Y, csr(A), p.child_ptr, params), p.child_ptr)
+    plain = rows(solve_level(p.both, p.Y, csr(A), p.child_ptr, SolverParams(Cp=2, Cn=1.5, **TIGHT)), p.child_ptr)
+    for node in (0, 4, 11):
+        y = p.Y.toarray()[:, node] > 0
+        weight = np.where(y, 2.0, 1.5 * A[:, p.parent(node)])
+        active = y | (A[:, p.parent(node)] > 0)
+        svc = LinearSVC(loss="squared_hinge", dual=True, C=1, tol=1e-10, max_iter=10**6)
+        svc.fit(p.stacked[active], np.where(y, 1, -1)[active], sample_weight=weight[active])
+        np.testing.assert_allclose(got[node], np.append(svc.coef_[0], svc.intercept_[0]), atol=2e-5)
+        assert np.abs(got[node] - plain[node]).max() > 1e-3
+
+
+def test_a_negative_of_weight_zero_is_left_out_and_ones_change_nothing() -> None:
+    p = problem()
+    some = p.M.copy()
+    some.data = np.random.default_rng(3).integers(0, 2, some.nnz).astype(np.float32)
+    without = some.copy()
+    without.eliminate_zeros()
+    for stored, want in ((some, without), (p.M, p.M)):
+        weighted = solve_level(p.both, p.Y, stored, p.child_ptr, SolverParams(weighted_negatives=True))
+        assert same(weighted, solve_level(p.both, p.Y, want, p.child_ptr, SolverParams()), p.child_ptr)
+    some.data[5] = -0.5
+    with pytest.raises(ValueError, match=r"0 or more, not -0\.5"):
+        solve_level(p.both, p.Y, some, p.child_ptr, SolverParams(weighted_negatives=True))
+
+
+def test_relevance_by_rows_is_relevance() -> None:
+    p = problem()
+    one = solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(Cp=3), l1_rows(p.Y))
+    for nodes in ((0, 12), (2, 7)):
+        got = solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(Cp=3), l1_scales(p.Y), nodes=nodes)
+        assert rows(got, p.child_ptr).tobytes() == rows(one, p.child_ptr)[slice(*nodes)].tobytes()
+    with pytest.raises(ValueError, match="one factor a document"):
+        solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(), np.ones(3))
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 9), (3, 4), (2, 7), (5, 5), (9, 9)])
+@pytest.mark.parametrize("index", [np.int32, np.int64])
+def test_columns_are_those_of_the_matrix(start: int, stop: int, index: type) -> None:
+    A = np.random.default_rng(0).integers(0, 4, (50, 9)) * (np.random.default_rng(1).random((50, 9)) < 0.3)
+    B = csr(A)
+    B.indices, B.indptr = B.indices.astype(index), B.indptr.astype(index)
+    got = Columns.of(B, start, stop)
+    assert got.ptr.tolist() == np.cumsum([0, *(np.count_nonzero(A[:, j]) for j in range(start, stop))]).tolist()
+    for j in range(start, stop):
+        span = got.column(j - start)
+        assert got.rows[span].tolist() == np.flatnonzero(A[:, j]).tolist()
+        assert got.values[span].tolist() == A[A[:, j] > 0, j].tolist()

@@ -33,6 +33,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "schedule.name": ("linear", "cosine", "constant"),
     "ranker.post_processor": POST_PROCESSORS,
     "ranker.features": ("both", "sparse", "dense"),
+    "ranker.negative_weight": ("none", "score"),
     "engine.name": ("cpu", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"),
     "engine.precision": ("fp32", "bf16", "auto"),
     "tracker.name": ("jsonl", "wandb"),
@@ -137,6 +138,15 @@ def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
         (
             not r.negatives or any(n not in _SCHEMES for n in r.negatives),
             f"ranker.negatives={r.negatives} must list {', '.join(_SCHEMES)}",
+        ),
+        (
+            r.negative_weight == "score" and not any("man" in n for n in r.negatives),
+            f"ranker.negative_weight=score has no effect on ranker.negatives={r.negatives}: add man",
+        ),
+        (
+            r.negative_weight == "score" and (r.post_processor.startswith("log-") or r.post_processor == "noop"),
+            f"ranker.negative_weight=score needs scores from 0 to 1, and ranker.post_processor={r.post_processor} "
+            "gives others: use sigmoid or l3-hinge",
         ),
         (
             last is not None and last not in POST_PROCESSORS,

@@ -151,6 +151,7 @@ class RankerConfig:
     max_nonzeros_per_label: int | None = None
     cost_sensitive: bool = False  # weigh positives by the l1-normalised relevance induced up the tree
     negatives: list[str] = field(default_factory=lambda: ["tfn"])  # tfn | man | tfn+man per level, last repeated
+    negative_weight: str = "none"  # none | score: negatives that were retrieved weigh by their score
     beam: int = 10
     topk: int = 10
     post_processor: str = "l3-hinge"

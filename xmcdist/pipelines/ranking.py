@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 from numpy.typing import NDArray
 
+from xmcdist.checkpoint.atomic import write_json
 from xmcdist.checkpoint.parts import write_csr
 from xmcdist.inference.beam import predict_level
 from xmcdist.inference.postprocess import PostProcessor
 from xmcdist.negatives.schemes import active_parents
+from xmcdist.parallel.collectives import all_gather_ragged, all_reduce_array, gather_objects
 from xmcdist.pipelines.levels import per_level, root_rows
 from xmcdist.pipelines.run import Run
 from xmcdist.rankers.model import LinearTree
-from xmcdist.rankers.partition import estimate_costs, node_ranges
+from xmcdist.rankers.partition import level_costs, member_sizes, node_ranges
 from xmcdist.rankers.solver import SolverParams, solve_level
 from xmcdist.rankers.weights import LevelWeights
-from xmcdist.sparse.csr import l1_rows
+from xmcdist.sparse.csr import l1_scales, row_slice
 from xmcdist.sparse.features import Features
 from xmcdist.sparse.store import open_csr
 from xmcdist.trees.label_tree import LabelTree
 
 __all__ = ["rank_stages"]
+
+_BALANCED = 1.25  # CPU seconds of the busiest rank over the mean, above which a level is told
+_WORTH_TELLING_S = 1.0
 
 
 def rank_stages(run: Run, prefix: str, features: Features, tree_folder: Path, after: tuple[str, ...]) -> LinearTree:
@@ -80,18 +87,25 @@ def _level_stage(
         threshold=cfg.threshold,
         max_nonzeros_per_label=cfg.max_nonzeros_per_label,
         seed=run.cfg.seed,
+        weighted_negatives=cfg.negative_weight == "score",
     )
 
     def body(folder: Path) -> None:
         Y_t = open_csr(tree_folder / f"Y.level-{t}")
-        M = _matching(run, folder, t, per_level(cfg.negatives, t), tree_folder, above)
-        ranges = node_ranges(estimate_costs(features, M, child_ptr), child_ptr, run.world.world_size)
-        relevance = l1_rows(Y_t) if cfg.cost_sensitive else None
+        own = _matching(run, t, per_level(cfg.negatives, t), tree_folder, above)
+        write_csr(folder / "M", own, run.world)
+        sizes = all_reduce_array(member_sizes(features.rows(*run.own(features.num_rows)), own))
+        nodes = node_ranges(level_costs(sizes, features.num_dense, child_ptr), child_ptr, run.world.world_size)
+        relevance = _relevance_scales(run, Y_t) if cfg.cost_sensitive else None
         if run.world.is_main:  # parts that a killed run with other ranks may have left
             shutil.rmtree(folder / "weights", ignore_errors=True)
         run.world.barrier()
-        weights = solve_level(features, Y_t, M, child_ptr, params, relevance, nodes=ranges[run.world.rank])
+        M, mine = open_csr(folder / "M"), nodes[run.world.rank]
+        before = time.process_time()
+        weights = solve_level(features, Y_t, M, child_ptr, params, relevance, nodes=mine)
+        seconds = time.process_time() - before
         weights.save(folder / "weights", run.world.rank, run.world.world_size)
+        _tell_balance(run, name, t, folder, seconds)
         run.world.barrier()
         if later_is_man:
             _predict(run, folder, features, child_ptr, above)
@@ -116,14 +130,35 @@ def _predict(run: Run, folder: Path, features: Features, child_ptr: NDArray[np.i
     write_csr(folder / "P", P, run.world)
 
 
-def _matching(run: Run, folder: Path, t: int, scheme: str, tree_folder: Path, above: Path | None) -> sp.csr_matrix:
-    """M [N, K_{t-1}]: each rank works out its documents' rows; all open the whole, memory-mapped."""
+def _matching(run: Run, t: int, scheme: str, tree_folder: Path, above: Path | None) -> sp.csr_matrix:
+    """M of this rank's documents ``[n, K_{t-1}]``."""
     start, stop = run.own(run.data.num_docs("trn"))
     if t == 1:
-        part = root_rows(stop - start)
-    else:
-        true = open_csr(tree_folder / f"Y.level-{t - 1}")[start:stop]
-        found = open_csr(above / "P")[start:stop] if above is not None and "man" in scheme else None
-        part = active_parents(scheme, true, found)
-    write_csr(folder / "M", part, run.world)
-    return open_csr(folder / "M")
+        return root_rows(stop - start)
+    true = row_slice(open_csr(tree_folder / f"Y.level-{t - 1}"), start, stop)
+    found = row_slice(open_csr(above / "P"), start, stop) if above is not None and "man" in scheme else None
+    return active_parents(scheme, true, found, weight=run.cfg.ranker.negative_weight)
+
+
+def _relevance_scales(run: Run, Y_t: sp.csr_matrix) -> NDArray[np.float64]:
+    """By what each document's values of Y_t are multiplied to add up to 1, ``[N]``; collective."""
+    own = torch.from_numpy(l1_scales(row_slice(Y_t, *run.own(Y_t.shape[0]))))
+    return np.concatenate([part.numpy() for part in all_gather_ragged(own)])
+
+
+def _tell_balance(run: Run, name: str, t: int, folder: Path, seconds: float) -> None:
+    """Keep and tell the CPU seconds of every rank's solver; collective."""
+    cpu = gather_objects(seconds)
+    mean = sum(cpu) / len(cpu)
+    balance = max(cpu) / mean if mean else 1.0
+    run.log.metrics(
+        {"stage": name, "level": t, "ranker_cpu_s": round(sum(cpu), 3), "ranker_balance": round(balance, 3)}
+    )
+    if not run.world.is_main:
+        return
+    write_json(folder / "balance.json", {"cpu_seconds": [round(s, 4) for s in cpu], "max_over_mean": round(balance, 4)})
+    if balance > _BALANCED and mean > _WORTH_TELLING_S:
+        run.log.say(
+            f"{name}: work was shared out unevenly: the busiest of {len(cpu)} processes took {max(cpu):.1f} s of CPU "
+            f"time, {balance:.2f} times the mean"
+        )

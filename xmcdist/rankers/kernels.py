@@ -8,11 +8,13 @@ its documents and on ``(seed, node)`` only.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-__all__ = ["compact_rows", "feature_major", "local_positives", "solve_nodes", "squared_norms"]
+__all__ = ["compact_rows", "feature_major", "local_positives", "select_columns", "solve_nodes", "squared_norms"]
 
 U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
@@ -25,7 +27,30 @@ _SUMS = {"reassoc", "contract", "nsz"}
 
 
 @njit(cache=True, nogil=True)
-def compact_rows(indptr: U64, indices: U32, data: F32, docs: I64, where: U32) -> tuple[U64, U32, F32, I64]:
+def select_columns(indptr: I64, indices: NDArray[Any], data: F32, start: int, stop: int) -> tuple[I64, U32, F32]:
+    """Columns ``[start, stop)`` of a CSR matrix by column: pointers, rows (ascending in a column), values.
+
+    Reads the matrix twice, in order, and takes no memory but the result's: it may be mapped.
+    """
+    ptr = np.zeros(stop - start + 1, np.int64)
+    for k in range(indptr[-1]):
+        j = indices[k]
+        if start <= j < stop:
+            ptr[j - start + 1] += 1
+    ptr = np.cumsum(ptr)
+    at = ptr[:-1].copy()
+    rows, values = np.empty(ptr[-1], np.uint32), np.empty(ptr[-1], np.float32)
+    for i in range(indptr.size - 1):
+        for k in range(indptr[i], indptr[i + 1]):
+            j = indices[k]
+            if start <= j < stop:
+                rows[at[j - start]], values[at[j - start]] = i, data[k]
+                at[j - start] += 1
+    return ptr, rows, values
+
+
+@njit(cache=True, nogil=True)
+def compact_rows(indptr: I64, indices: U32, data: F32, docs: I64, where: U32) -> tuple[U64, U32, F32, I64]:
     """Rows ``docs`` of a CSR matrix with columns renumbered in order of first appearance.
 
     Frequent features appear early, so the hot part of a weight vector is one short stretch.
@@ -43,7 +68,7 @@ def compact_rows(indptr: U64, indices: U32, data: F32, docs: I64, where: U32) ->
     n = docs.size
     out_ptr = np.zeros(n + 1, np.uint64)
     for i in range(n):
-        out_ptr[i + 1] = out_ptr[i] + (indptr[docs[i] + 1] - indptr[docs[i]])
+        out_ptr[i + 1] = out_ptr[i] + np.uint64(indptr[docs[i] + 1] - indptr[docs[i]])
     total = out_ptr[n]
     out_idx = np.empty(total, np.uint32)
     out_val = np.empty(total, np.float32)
@@ -210,7 +235,7 @@ def solve_nodes(
     pos_cost: F64,
     first_node: int,
     seed: np.uint64,
-    cost_negative: float,
+    negative: F64,
     eps: float,
     max_iter: int,
     bias: float,
@@ -219,13 +244,16 @@ def solve_nodes(
 ) -> tuple[I64, U32, F32, F32, F32]:
     """Solve the m nodes of one cluster.
 
-    Documents ``[n, F]`` come from `compact_rows`; ``by_feature [F]`` lists local columns by global id.
-    Every node trains on the documents ``shared`` and on its positives, ``pos[pos_ptr[j]:pos_ptr[j+1]]``.
+    Documents ``[n, F]`` come from `compact_rows`, or are all there are; ``by_feature [F]`` lists
+    local columns by global id.  Every node trains on the documents ``shared``, at the cost
+    ``negative [n]`` of each, and on its positives, ``pos[pos_ptr[j]:pos_ptr[j+1]]``.
     Gives kept weights per node, their feature ranks and values, dense weights and bias terms.
     """
     n, features, m = norms.size, by_feature.size, pos_ptr.size - 1
     w, wd, alpha = np.zeros(features), np.zeros(dense.shape[1]), np.zeros(n)
-    y, diag = np.full(n, -1.0), np.full(n, 0.5 / cost_negative)
+    y, diag = np.full(n, -1.0), np.full(n, np.inf)
+    for i in shared:
+        diag[i] = 0.5 / negative[i]
     is_shared = np.zeros(n, np.bool_)
     is_shared[shared] = True
     order = np.empty(n, np.uint32)
@@ -248,7 +276,8 @@ def solve_nodes(
             indptr, cols, vals, dense, norms, bias, y, diag, order[:count], eps, max_iter, state, w, wd, alpha
         )
         for k in range(pos_ptr[node], pos_ptr[node + 1]):
-            y[pos[k]], diag[pos[k]] = -1.0, 0.5 / cost_negative
+            i = pos[k]
+            y[i], diag[i] = -1.0, 0.5 / negative[i] if is_shared[i] else np.inf
         if used + features > ranks.size:
             ranks = np.append(ranks, np.empty(ranks.size, np.uint32))
             values = np.append(values, np.empty(values.size, np.float32))

@@ -5,9 +5,9 @@ For node l of the level, with parent p(l):
     min_w  1/2 ||w||^2 + sum over i in A(l) of c_i max(0, 1 - y_i (w . x_i + b * bias))^2
 
 A(l) is every document with ``M[i, p(l)]`` stored, and every positive of l; y_i is +1 for
-positives, -1 otherwise; c_i is Cp (times the relevance) for positives, Cn otherwise.  The
-bias weight b is part of w.  A node without positives is solved like any other and
-learns to say no.
+positives, -1 otherwise; c_i is Cp (times the relevance) for positives, Cn otherwise, with
+weighted negatives Cn times ``M[i, p(l)]``.  The bias weight b is part of w.  A node without
+positives is solved like any other and learns to say no.
 
 Source: Hsieh et al., ICML 2008 (dual coordinate descent with shrinking); Fan et al.,
 LIBLINEAR, JMLR 2008; Yu et al., PECOS, arXiv:2010.05878 (the tree).
@@ -29,8 +29,9 @@ from numba import get_num_threads
 from numpy.typing import NDArray
 
 from xmcdist.rankers import kernels
+from xmcdist.rankers.columns import frozen, member_columns, positive_columns
 from xmcdist.rankers.part import WeightPart
-from xmcdist.rankers.partition import estimate_costs
+from xmcdist.rankers.partition import level_costs
 from xmcdist.rankers.weights import LevelWeights
 from xmcdist.sparse.features import Features
 
@@ -38,6 +39,8 @@ __all__ = ["SolverParams", "solve_level"]
 
 T = TypeVar("T")
 Weights = tuple[NDArray[Any], ...]  # what kernels.solve_nodes returns
+
+_MOST = 0.25  # share of all documents beyond which a cluster's are not copied together
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class SolverParams:
     threshold: float = 0.1  # smaller sparse weights are dropped; dense ones never
     max_nonzeros_per_label: int | None = None  # most sparse weights a node: those of largest size
     seed: int = 0
+    weighted_negatives: bool = False  # values of M are the weights of negatives; 0: none
 
     def __post_init__(self) -> None:
         for name in ("Cp", "Cn", "eps", "max_iter"):
@@ -70,7 +74,7 @@ def solve_level(
     M: sp.csr_matrix,
     child_ptr: NDArray[np.int64],
     params: SolverParams,
-    relevance: sp.csr_matrix | None = None,
+    relevance: sp.csr_matrix | NDArray[np.float64] | None = None,
     clusters: tuple[int, int] | None = None,
     *,
     nodes: tuple[int, int] | None = None,
@@ -84,10 +88,12 @@ def solve_level(
         features: of the N documents.
         Y_t: ``[N, K_t]``; positives are entries above 0.
         M: ``[N, K_{t-1}]``; the stored entries of a column, whatever their value, are the
-            documents its children train on.
+            documents its children train on.  With ``params.weighted_negatives`` their values,
+            0 or more, multiply Cn, and a document of value 0 is left out.
         child_ptr: ``[K_{t-1}+1]``; the children of cluster p are ``child_ptr[p]:child_ptr[p+1]``.
         params: costs, tolerance, thresholds.
-        relevance: ``[N, K_t]``, above 0 for every positive; multiplies Cp.
+        relevance: ``[N, K_t]``, above 0 for every positive; multiplies Cp.  Or ``[N]``: factors by
+            which the values of Y_t become relevances, such as `l1_scales`.
         clusters: half-open range of clusters whose children are solved; default all.
         nodes: the same as a range of nodes, which may cut a cluster.
         threads: default numba's.
@@ -96,7 +102,9 @@ def solve_level(
         ValueError: shapes disagree, or a positive has no relevance.
 
     Cost: per pass, children times stored values of their cluster's documents.  Memory: the
-    documents of one cluster for each thread, besides the result.
+    documents of one cluster for each thread, the own columns of Y_t and M, and the result.
+    Features, Y_t and M may be memory-mapped; of a cluster with many of all documents the
+    features are used where they are.
     """
     start, stop = _node_range(features, Y_t, M, child_ptr, clusters, nodes)
     problem = _Problem(features, Y_t, M, child_ptr, params, relevance, (start, stop))
@@ -112,9 +120,9 @@ def solve_level(
 
 
 class _Documents(NamedTuple):
-    """The documents one cluster's nodes train on, with features renumbered."""
+    """The documents one cluster's nodes train on, with features renumbered; or all documents as they are."""
 
-    ids: NDArray[np.int64]  # [n] ascending
+    ids: NDArray[np.int64] | None  # [n] ascending; None: all
     indptr: NDArray[np.uint64]
     cols: NDArray[np.uint32]
     vals: NDArray[np.float32]
@@ -122,6 +130,7 @@ class _Documents(NamedTuple):
     norms: NDArray[np.float64]  # [n]
     by_feature: NDArray[np.int64]  # [F] local columns in the order of their global ids
     shared: NDArray[np.uint32]  # documents that train every node; the rest are positives of some
+    negative: NDArray[np.float64]  # [n] costs of the shared ones as negatives
     columns: NDArray[np.int64]  # [F] global ids, ascending
 
 
@@ -135,7 +144,7 @@ class _Problem:
         M: sp.csr_matrix,
         child_ptr: NDArray[np.int64],
         params: SolverParams,
-        relevance: sp.csr_matrix | None,
+        relevance: sp.csr_matrix | NDArray[np.float64] | None,
         nodes: tuple[int, int],
     ) -> None:
         self.params, self.nodes = params, nodes
@@ -143,21 +152,24 @@ class _Problem:
         self.last = int(np.searchsorted(child_ptr, nodes[1], side="left")) if nodes[0] < nodes[1] else 0
         # Where the children of each of our clusters start, cut to the nodes we solve; [C+1].
         self.bounds = np.clip(child_ptr[self.first : self.last + 1], *nodes).astype(np.int64)
-        members = M[:, self.first : self.last]
-        self.costs = estimate_costs(features, members, self.bounds)
-        self.members = members.tocsc()
-        self.positives, self.relevance = _positives(Y_t, relevance, nodes)
-        self.dense = features.dense
+        self.members = member_columns(M, (self.first, self.last), weighted=params.weighted_negatives)
+        self.positives = positive_columns(Y_t, relevance, nodes)
         self.num_docs = features.num_rows
-        self.num_sparse = features.num_sparse
+        self.num_sparse, self.num_dense = features.num_sparse, features.num_dense
         X = features.sparse
         if X is None:
             X = sp.csr_matrix(np.zeros((self.num_docs, 0), np.float32))
-        self.indptr = X.indptr.astype(np.uint64)
-        self.indices = _frozen(
-            X.indices.view(np.uint32) if X.indices.dtype == np.int32 else X.indices.astype(np.uint32)
-        )
-        self.data = _frozen(X.data.astype(np.float32, copy=False))
+        self.indptr = X.indptr.astype(np.int64)
+        self.indices = frozen(X.indices.view(np.uint32) if X.indices.dtype == np.int32 else X.indices.astype(np.uint32))
+        self.data = frozen(X.data.astype(np.float32, copy=False))
+        dense = np.zeros((self.num_docs, 0), np.float32) if features.dense is None else features.dense
+        self.dense = frozen(dense)
+        self.costs = level_costs(self._sizes(), self.num_dense, self.bounds)
+
+    def _sizes(self) -> NDArray[np.int64]:
+        """Documents of each of our clusters, and their stored sparse values."""
+        values = np.concatenate([[0], np.cumsum(np.diff(self.indptr)[self.members.rows])])[self.members.ptr]
+        return np.stack([np.diff(self.members.ptr), np.diff(values)], axis=1).astype(np.int64)
 
     def schedule(self, workers: int) -> tuple[list[int], list[int]]:
         """Clusters to spread over all threads, and clusters for one thread each, costliest first."""
@@ -168,26 +180,56 @@ class _Problem:
 
     def _gather(self, c: int) -> _Documents:
         """The documents of one cluster."""
-        own = _column(self.members, c)
+        span = self.members.column(c)
+        own, weights = self.members.rows[span], self.members.values[span]
         start, stop = self.bounds[c : c + 2] - self.nodes[0]
-        positives = self.positives.indices[self.positives.indptr[start] : self.positives.indptr[stop]]
+        positives = self.positives.rows[self.positives.ptr[start] : self.positives.ptr[stop]]
         docs = np.union1d(own, positives).astype(np.int64)
+        if docs.size > _MOST * self.num_docs:
+            return self._all_documents(own, weights)
         where = np.zeros(self.num_sparse, np.uint32)
         indptr, cols, vals, columns = kernels.compact_rows(self.indptr, self.indices, self.data, docs, where)
-        if self.dense is None:
-            dense = np.zeros((docs.size, 0), np.float32)
-        else:
-            dense = np.ascontiguousarray(self.dense[docs], dtype=np.float32)
-        norms = kernels.squared_norms(indptr, vals, dense, float(self.params.bias))
+        dense = np.ascontiguousarray(self.dense[docs])
         by_feature = np.argsort(columns, kind="stable").astype(np.int64)
         shared = kernels.local_positives(docs, own.astype(np.int64))
-        return _Documents(docs, indptr, cols, vals, dense, norms, by_feature, shared, columns[by_feature])
+        return self._documents(docs, indptr, cols, vals, dense, by_feature, shared, weights, columns[by_feature])
+
+    def _all_documents(self, own: NDArray[np.uint32], weights: NDArray[np.float32]) -> _Documents:
+        """Every document where it is, for a cluster with so many that a copy would be one of nearly all.
+
+        The solver meets the same documents in the same order, and each one's values in the
+        same order, so the weights are those of renumbered features bit for bit.
+        """
+        features = np.arange(self.num_sparse)
+        indptr = self.indptr.view(np.uint64)
+        return self._documents(None, indptr, self.indices, self.data, self.dense, features, own, weights, features)
+
+    def _documents(
+        self,
+        ids: NDArray[np.int64] | None,
+        indptr: NDArray[np.uint64],
+        cols: NDArray[np.uint32],
+        vals: NDArray[np.float32],
+        dense: NDArray[np.float32],
+        by_feature: NDArray[np.int64],
+        shared: NDArray[np.uint32],
+        weights: NDArray[np.float32],
+        columns: NDArray[np.int64],
+    ) -> _Documents:
+        vals, dense = frozen(vals), frozen(dense)
+        norms = kernels.squared_norms(indptr, vals, dense, float(self.params.bias))
+        negative = np.zeros(norms.size)
+        negative[shared] = self.params.Cn * weights.astype(np.float64)
+        return _Documents(ids, indptr, frozen(cols), vals, dense, norms, by_feature, shared, negative, columns)
 
     def _solve(self, local: _Documents, start: int, stop: int) -> Weights:
         """Solve the nodes ``[start, stop)`` of one cluster."""
         params, Y = self.params, self.positives
         a, b = start - self.nodes[0], stop - self.nodes[0]
-        span = slice(Y.indptr[a], Y.indptr[b])
+        span = slice(Y.ptr[a], Y.ptr[b])
+        positives = Y.rows[span]
+        if local.ids is not None:
+            positives = kernels.local_positives(local.ids, positives.astype(np.int64))
         solved: Weights = kernels.solve_nodes(
             local.indptr,
             local.cols,
@@ -196,12 +238,12 @@ class _Problem:
             local.norms,
             local.by_feature,
             local.shared,
-            (Y.indptr[a : b + 1] - Y.indptr[a]).astype(np.int64),
-            kernels.local_positives(local.ids, Y.indices[span].astype(np.int64)),
-            params.Cp * self.relevance[span].astype(np.float64),
+            Y.ptr[a : b + 1] - Y.ptr[a],
+            positives,
+            params.Cp * Y.values[span].astype(np.float64),
             int(start),
             np.uint64(params.seed),
-            float(params.Cn),
+            local.negative,
             float(params.eps),
             int(params.max_iter),
             float(params.bias),
@@ -227,9 +269,8 @@ class _Problem:
     def assemble(self, chunks: Sequence[tuple[NDArray[Any], ...]]) -> LevelWeights:
         """All chunks, in cluster order, as one level."""
         start, _ = self.nodes
-        width = 0 if self.dense is None else self.dense.shape[1]
         empty = (np.zeros(0, np.uint32), np.zeros(0, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.float32))
-        chunks = [(*empty, np.zeros((0, width), np.float32), np.zeros(0, np.float32)), *chunks]
+        chunks = [(*empty, np.zeros((0, self.num_dense), np.float32), np.zeros(0, np.float32)), *chunks]
         feature, per_feature, child, value, dense, bias = (np.concatenate(x) for x in zip(*chunks, strict=True))
         part = WeightPart(
             first_cluster=self.first,
@@ -276,39 +317,6 @@ def _node_range(
     if not 0 <= start <= stop <= children:
         raise ValueError(f"nodes ({start}, {stop}) must be a range within (0, {children})")
     return start, stop
-
-
-def _positives(
-    Y_t: sp.csr_matrix, relevance: sp.csr_matrix | None, nodes: tuple[int, int]
-) -> tuple[sp.csc_matrix, NDArray[np.float32]]:
-    """Positives of the nodes by column, and the relevance of each, 1 when none is given."""
-    Y = Y_t[:, nodes[0] : nodes[1]].tocsc()
-    if Y.nnz and Y.data.min() <= 0:
-        Y.data = np.where(Y.data > 0, Y.data, 0)
-        Y.eliminate_zeros()
-    Y.sort_indices()
-    if relevance is None:
-        return Y, np.ones(Y.nnz, np.float32)
-    if relevance.shape != Y_t.shape:
-        raise ValueError(f"relevance is {relevance.shape}, must be {Y_t.shape} like Y_t")
-    mask = sp.csc_matrix((np.ones(Y.nnz, np.float32), Y.indices, Y.indptr), shape=Y.shape)
-    R = mask.multiply(relevance[:, nodes[0] : nodes[1]].tocsc()).tocsc()
-    R.sort_indices()
-    if R.nnz != Y.nnz or (R.nnz and R.data.min() <= 0):
-        raise ValueError("relevance: every positive of Y_t needs a value above 0; lift Y and relevance the same way")
-    return Y, R.data
-
-
-def _column(A: sp.csc_matrix, j: int) -> NDArray[Any]:
-    """Sorted row ids stored in one column."""
-    return np.sort(A.indices[A.indptr[j] : A.indptr[j + 1]])
-
-
-def _frozen(a: NDArray[Any]) -> NDArray[Any]:
-    """A read-only view: arrays from memory and from files then compile to one kernel."""
-    out = np.ascontiguousarray(a).view(np.ndarray)
-    out.flags.writeable = False
-    return out
 
 
 def _same(answer: T) -> T:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-__all__ = ["as_csr", "binarize", "l1_rows", "row_ids", "row_slice", "unit_rows"]
+__all__ = ["as_csr", "binarize", "l1_rows", "l1_scales", "row_ids", "row_slice", "unit_rows"]
 
 _CHUNK = 1 << 22  # stored values looked at in one go: bounds temporary memory
 
@@ -88,6 +88,11 @@ def l1_rows(A: sp.csr_matrix) -> sp.csr_matrix:
     return _divide_rows(A, _row_sums(A, power=1))
 
 
+def l1_scales(A: sp.csr_matrix) -> np.ndarray:
+    """What `l1_rows` multiplies each row by, float64 ``[N]``; 0 for an empty row."""
+    return _inverse(_row_sums(A, power=1))
+
+
 def binarize(A: sp.csr_matrix) -> sp.csr_matrix:
     """Ones where A is not zero, float32 ``[N, D]``.  Shares A's index arrays where A stores no zero."""
     if A.nnz and not np.all(A.data):
@@ -109,11 +114,16 @@ def _row_sums(A: sp.csr_matrix, power: int) -> np.ndarray:
 
 def _divide_rows(A: sp.csr_matrix, by: np.ndarray) -> sp.csr_matrix:
     data = np.empty(A.nnz, dtype=np.float32)
-    inverse = np.divide(1.0, by, out=np.zeros_like(by), where=by > 0)
+    inverse = _inverse(by)
     for start, stop in _row_blocks(A):
         first, last = int(A.indptr[start]), int(A.indptr[stop])
         data[first:last] = A.data[first:last] * np.repeat(inverse[start:stop], np.diff(A.indptr[start : stop + 1]))
     return _like(A, data, A.indices, A.indptr)
+
+
+def _inverse(by: np.ndarray) -> np.ndarray:
+    inverse: np.ndarray = np.divide(1.0, by, out=np.zeros_like(by), where=by > 0)
+    return inverse
 
 
 def _row_blocks(A: sp.csr_matrix) -> list[tuple[int, int]]:
