@@ -52,7 +52,8 @@ def run(world: int, data: Path, folder: Path) -> dict[str, Any]:
     command += ["-m", "xmcdist", "train", f"dataset.path={data}", f"run_dir={folder}", *SETTINGS]
     subprocess.run(command, env=env, cwd=ROOT, check=True)
     results: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    results["lines"] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    solved = sorted((folder / "stages").glob("*/balance.json"))
+    results["balance"] = {p.parent.name: json.loads(p.read_text())["cpu_seconds"] for p in solved}
     return results
 
 
@@ -88,11 +89,9 @@ def report(data: Path, results: dict[int, dict[str, Any]]) -> str:
         "|---|---|---|",
     ]
     totals = [0.0] * WORLDS[-1]
-    for line in results[WORLDS[-1]]["lines"]:
-        if "solve_cpu_seconds" in line:
-            seconds = line["solve_cpu_seconds"]
-            totals = [a + b for a, b in zip(totals, seconds, strict=True)]
-            lines.append(_balance(line.get("stage", ""), seconds))
+    for stage, seconds in results[WORLDS[-1]]["balance"].items():
+        totals = [a + b for a, b in zip(totals, seconds, strict=True)]
+        lines.append(_balance(stage, seconds))
     lines.append(_balance("all", totals))
     lines += [
         "",
