@@ -8,11 +8,14 @@ the engine.  CI runs 2 and 3 ranks; all of it, in about five minutes on two core
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import os
 import pickle
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ from xmcdist.training.engine import ENGINES, Engine, open_engine
 from xmcdist.training.engines.deepspeed_config import load_settings
 from xmcdist.training.engines.environment import check_launch
 from xmcdist.training.engines.tensors import whole
-from xmcdist.training.loop import LevelResult, train_level
+from xmcdist.training.loop import DivergedError, LevelResult, train_level
 
 ALL = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
@@ -218,6 +221,7 @@ class _Watched(Hooks):
 def test_early_stopping_bf16_and_what_a_rank_holds(rank: int, world_size: int, partitioned: str) -> None:
     stopping = Setting(steps=8, validation_fraction=0.1, eval_every=2, patience=2, save_every=6)
     bf16: dict[str, list[float]] = {}
+    gradients: dict[str, dict[str, torch.Tensor]] = {}
     for name in (*ALL, "zero3_offload"):
         more = _more(name, partitioned)
         hooks = _Watched([0.1, 0.5, 0.4, 0.3])
@@ -232,12 +236,31 @@ def test_early_stopping_bf16_and_what_a_rank_holds(rank: int, world_size: int, p
         _holds_its_part(name, saved)
 
         engine = problem.engine(BF16, rank, world_size, **more)
+        gradients[name] = _spy(engine)
         bf16[name] = _train(engine, BF16, Hooks())[0].losses
+        _stops_when_a_loss_is_not_finite(problem.engine(BF16, rank, world_size, **more), name)
     fp32 = _train(problem.engine(CHECKPOINTED, rank, world_size), replace(BF16, precision="fp32"), Hooks())[0].losses
     assert 1e-6 < abs(bf16["ddp"][0] - fp32[0]) < BF16_TOLERANCE  # bf16 it is, and no more than that
     for name, losses in bf16.items():
         assert np.allclose(losses, bf16["ddp"], atol=BF16_TOLERANCE, rtol=0), (name, losses, bf16["ddp"])
-        assert losses[0] == pytest.approx(bf16["ddp"][0], abs=1e-6), name  # before any sum over ranks: bit for bit
+        assert losses[0] == bf16["ddp"][0], name
+        for n, g in gradients[name].items():  # sums over ranks are in fp32
+            assert _worst(g, gradients["ddp"][n]) < 1e-7, (name, n)
+
+
+def _stops_when_a_loss_is_not_finite(engine: Engine, name: str) -> None:
+    """On all ranks, also where one alone has seen it; and a released engine keeps no encoder alive."""
+    head, encoder = problem.head(engine.mesh.shard, engine.mesh.shards), problem.encoder(BF16)
+    if engine.world.rank == 1:
+        with torch.no_grad():
+            head.bias.fill_(math.nan)
+    with pytest.raises(DivergedError, match="the loss is nan and its gradient's norm nan"):
+        train_level(engine, encoder, head, problem.task(BF16), Hooks())
+    engine.release()
+    kept = weakref.ref(encoder)
+    del encoder, head
+    gc.collect()
+    assert kept() is None, name
 
 
 def _holds_its_part(name: str, saved: dict[str, Any]) -> None:

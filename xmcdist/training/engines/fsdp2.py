@@ -64,7 +64,7 @@ class ShardedEngine(ReplicatedEngine):
         trained = {name: p.requires_grad for name, p in encoder.named_parameters()}
         out = saved_tensors(encoder)
         for name in trained:
-            out[name] = shared_out(out[name], self.flat)
+            out[name] = shared_out(out[name].to(self.device), self.flat)
         for name in (n for n, needs in trained.items() if needs):
             like = out[name]
             out |= {f"{name}.exp_avg": like, f"{name}.exp_avg_sq": like, f"{name}.step": torch.zeros(1)}

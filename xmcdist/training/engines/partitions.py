@@ -51,6 +51,9 @@ class Partitions(ABC):
     def link(self) -> None:  # noqa: B027 -- only stages 1 and 2 need it
         """Make `moment` find what the optimizer has; not collective."""
 
+    def forget(self) -> None:  # noqa: B027 -- only stage 3 needs it
+        """After the engine's end: drop what DeepSpeed still holds of the module; not collective."""
+
     @abstractmethod
     def _flat(self) -> list[Tensor]:
         """The flat fp32 partitions that the optimizer moves; not collective."""
@@ -144,6 +147,16 @@ class StageThree(Partitions):
         width, rank = p.ds_tensor.numel(), torch.distributed.get_rank()  # type: ignore[attr-defined]
         flat = value.reshape(-1)[rank * width : (rank + 1) * width]
         safe_set_local_optimizer_state(p, F.pad(flat, (0, width - len(flat))), key)
+
+    def forget(self) -> None:
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+        # Else a list and a method's cache, both global, keep every level's encoder until the process ends.
+        FWD_MODULE_STACK.clear()
+        for method in vars(PartitionedParameterCoordinator).values():
+            for cell in getattr(method, "__closure__", None) or ():
+                getattr(cell.cell_contents, "cache_clear", lambda: None)()
 
     def _flat(self) -> list[Tensor]:
         return list(self.optimizer.fp32_partitioned_groups_flat)

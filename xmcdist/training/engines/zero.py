@@ -156,4 +156,5 @@ class ZeroEngine(Engine):
     def release(self) -> None:
         if self.module is not None:
             self.module.destroy()
+            self.parts.forget()
         self.encoder = self.module = self.skeleton = self.parts = None
