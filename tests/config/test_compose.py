@@ -68,6 +68,22 @@ def test_all_faults_are_told_at_once() -> None:
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "answer"),
+    [
+        (["negatives=tfn", "negatives.weight=score"], r"weight=score has no effect on negatives.scheme=tfn"),
+        (["negatives.consistent_share=0"], r"consistent_share=0.0 is a share .* in \(0, 1\]"),
+        (["negatives.consistent_share=10"], r"consistent_share=10.0 is a share"),
+        (["negatives.confusions_per_cluster=0"], r"confusions_per_cluster=0 must be at least 1"),
+        (["negatives.weight=mass"], r"negatives.weight=mass is none of none, score"),
+    ],
+)
+def test_negatives_that_cannot_be_meant(overrides: list[str], answer: str) -> None:
+    with pytest.raises(ConfigError, match=answer):
+        compose_run(overrides)
+    assert compose_run(["negatives=consistent", "negatives.weight=score"]).negatives.scheme == "consistent"
+
+
 def test_a_given_conf_folder_without_configs_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XMCDIST_CONF", str(tmp_path))
     with pytest.raises(ConfigError, match=r"holds no train\.yaml"):
