@@ -14,16 +14,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def start(processes: int, *args: str, log: Path) -> subprocess.Popen[bytes]:
+def start(processes: int, *args: str, log: Path, module: str = "xmcdist", **variables: str) -> subprocess.Popen[bytes]:
     """Start ``xmcdist <args>`` on some gloo processes; output goes to a file."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_"))}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "xmcdist", *args]
+    env |= variables
+    command = [sys.executable, "-m", module, *args]
     if processes > 1:
         env["ACCELERATE_USE_CPU"] = "true"
         command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
         command += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", str(_free_port()), "-m", "xmcdist", *args]
+        command += ["--main_process_port", str(_free_port()), "-m", module, *args]
     with open(log, "wb") as out:
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=ROOT)
 

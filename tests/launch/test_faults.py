@@ -88,3 +88,22 @@ def test_a_rank_that_hangs_is_named_with_the_collective_it_never_came_to(data: P
     line = next(row for row in text.splitlines() if "did not complete after" in row)
     assert line.startswith("xmcdist: rank "), line
     assert "  rank 1: gone; it was last " in text
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "said"), [("error", "KeyError: 'planted error'"), ("mistake", "xmcdist: rank 1: error: planted mistake")]
+)
+def test_a_rank_that_fails_alone_ends_the_job_with_its_own_words(data: Path, fault: str, said: str) -> None:
+    log = data.parent / f"{fault}.log"
+    job = start(2, "train", *_args(data, fault), log=log, module="tests.helpers.broken_rank", FAULT=fault)
+    try:
+        code = job.wait(ENDS_WITHIN_S)
+    finally:
+        kill_all(job)
+    text = log.read_text()
+    assert code != 0
+    assert text.count(said) == 1, text[-3000:]
+    # A traceback is for our errors, not for a person's.
+    assert ("xmcdist/pipelines/train.py" in text) is (fault == "error")

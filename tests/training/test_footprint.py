@@ -72,9 +72,9 @@ class _Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(x, torch.Tensor) and x.device.type != "meta" and type(x) is torch.Tensor:
-                if x.nbytes > self.bytes:
-                    self.bytes, self.by = x.nbytes, f"{func} {list(x.shape)}"
+            real = type(x) is torch.Tensor and x.device.type != "meta"
+            if real and x.nbytes > self.bytes:
+                self.bytes, self.by = x.nbytes, f"{func} {list(x.shape)}"
         return out
 
 
