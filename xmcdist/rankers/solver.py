@@ -116,7 +116,7 @@ def solve_level(
             chunks[p] = problem.solve_wide(p, submit, workers)
         done = [(p, submit(problem.solve_cluster, p)) for p in narrow]
         chunks.update((p, result()) for p, result in done)
-    return problem.assemble([chunks[p] for p in sorted(chunks)])
+    return problem.assemble([chunks.pop(p) for p in sorted(chunks)])
 
 
 class _Documents(NamedTuple):
@@ -164,6 +164,8 @@ class _Problem:
         self.data = frozen(X.data.astype(np.float32, copy=False))
         dense = np.zeros((self.num_docs, 0), np.float32) if features.dense is None else features.dense
         self.dense = frozen(dense)
+        self.out_dense = np.zeros((nodes[1] - nodes[0], self.num_dense), np.float32)  # filled cluster by cluster
+        self.out_bias = np.zeros(nodes[1] - nodes[0], np.float32)
         self.costs = level_costs(self._sizes(), self.num_dense, self.bounds)
 
     def _sizes(self) -> NDArray[np.int64]:
@@ -256,7 +258,7 @@ class _Problem:
         """One cluster on the calling thread: its chunk of the level's weights."""
         local = self._gather(c)
         start, stop = self.bounds[c : c + 2]
-        return _chunk([self._solve(local, start, stop)], local.columns)
+        return self._chunk([self._solve(local, start, stop)], local.columns, start, stop)
 
     def solve_wide(self, c: int, submit: Callable[..., Callable[[], Any]], workers: int) -> tuple[NDArray[Any], ...]:
         """One cluster with its nodes spread over all threads."""
@@ -264,34 +266,41 @@ class _Problem:
         start, stop = self.bounds[c : c + 2]
         cuts = np.unique(np.linspace(start, stop, 4 * workers + 1).astype(np.int64))
         results = [submit(self._solve, local, a, b) for a, b in pairwise(cuts)]
-        return _chunk([result() for result in results], local.columns)
+        return self._chunk([result() for result in results], local.columns, start, stop)
 
-    def assemble(self, chunks: Sequence[tuple[NDArray[Any], ...]]) -> LevelWeights:
-        """All chunks, in cluster order, as one level."""
-        start, _ = self.nodes
+    def _chunk(
+        self, solved: Sequence[Weights], columns: NDArray[np.int64], start: int, stop: int
+    ) -> tuple[NDArray[Any], ...]:
+        """Keep the dense weights of one cluster's nodes, and give (feature, weights per feature, child, value)."""
+        counts, ranks, values, dense, bias = (np.concatenate(x) for x in zip(*solved, strict=True))
+        nodes = slice(start - self.nodes[0], stop - self.nodes[0])
+        self.out_dense[nodes], self.out_bias[nodes] = dense, bias
+        present, per_feature, child, value = kernels.feature_major(counts, ranks, values, columns.size)
+        return columns[present].astype(np.uint32), per_feature, child, value
+
+    def assemble(self, chunks: list[tuple[NDArray[Any], ...]]) -> LevelWeights:
+        """All chunks, in cluster order, as one level; the list is emptied."""
         empty = (np.zeros(0, np.uint32), np.zeros(0, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.float32))
-        chunks = [(*empty, np.zeros((0, self.num_dense), np.float32), np.zeros(0, np.float32)), *chunks]
-        feature, per_feature, child, value, dense, bias = (np.concatenate(x) for x in zip(*chunks, strict=True))
+        sizes = [0, *(c[0].size for c in chunks)]
+        fields = [list(x) for x in zip(empty, *chunks, strict=True)]
+        chunks.clear()
+        joined = []
+        while fields:  # one after the other, each freed before the next is copied
+            joined.append(np.concatenate(fields.pop(0)))
+        feature, per_feature, child, value = joined
         part = WeightPart(
             first_cluster=self.first,
-            first_node=start,
+            first_node=self.nodes[0],
             num_sparse=self.num_sparse,
-            chunk_ptr=np.cumsum([c[0].size for c in chunks], dtype=np.int64),
+            chunk_ptr=np.cumsum(sizes, dtype=np.int64),
             feature=feature,
             entry_ptr=np.concatenate([[0], np.cumsum(per_feature)]).astype(np.int64),
             child=child,
             value=value,
-            dense=dense,
-            bias=bias,
+            dense=self.out_dense,
+            bias=self.out_bias,
         )
         return LevelWeights((part,))
-
-
-def _chunk(solved: Sequence[Weights], columns: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
-    """Solved nodes of one cluster, in order: (feature, weights per feature, child, value, dense, bias)."""
-    counts, ranks, values, dense, bias = (np.concatenate(x) for x in zip(*solved, strict=True))
-    present, per_feature, child, value = kernels.feature_major(counts, ranks, values, columns.size)
-    return columns[present].astype(np.uint32), per_feature, child, value, dense, bias
 
 
 def _node_range(
