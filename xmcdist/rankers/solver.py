@@ -40,7 +40,9 @@ __all__ = ["SolverParams", "solve_level"]
 T = TypeVar("T")
 Weights = tuple[NDArray[Any], ...]  # what kernels.solve_nodes returns
 
-_MOST = 0.25  # share of all documents beyond which a cluster's are not copied together
+# Share of all documents beyond which a cluster's are used where they are.  Copied together and
+# with features renumbered a pass is faster unless they are nearly all: 1.5 to 1.9 times at 40 %.
+_MOST = 0.5
 
 
 @dataclass(frozen=True, slots=True)
