@@ -149,8 +149,8 @@ def collective(op: str, sent: int) -> Iterator[None]:
         waited = time.perf_counter() - began
         table = _watch.report() if _watch is not None else "  (the ranks are not watched)"
         raise CollectiveError(
-            f"collective #{_place.number} {_place.op} did not complete after {waited:.0f} s; missing from it:\n{table}\n"
-            f"  the backend says: {str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error)}"
+            f"collective #{_place.number} {_place.op} did not complete after {waited:.0f} s; missing from it:\n"
+            f"{table}\n  the backend says: {str(error).strip().splitlines()[0][:300]}"
         ) from error
     finally:
         if around[1]:  # a backward pass, say, with collectives of its own

@@ -24,6 +24,8 @@ _FREE = {
     "run_dir",
     "dataset.prepared",
     "engine.name",
+    "engine.label_shards",
+    "engine.deepspeed_config",
     "engine.micro_batch",
     "engine.threads",
     "engine.timeout_s",

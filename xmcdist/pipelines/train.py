@@ -60,6 +60,10 @@ def train(cfg: RunConfig, world: World) -> dict[str, Any]:
         check_available(cfg.encoder)
     mesh = Mesh.build(world, cfg.engine.label_shards)
     cfg = _decide_precision(cfg, world)
+    if cfg.encoder.preset != "none":
+        from xmcdist.training.engines.environment import check_launch
+
+        check_launch(cfg.engine.precision)
     data = prepare_data(cfg, world, log.say)
     if cfg.encoder.preset != "none" and not data.has_text:
         raise UserError("this data set has features but no texts, so only the linear path is open: set encoder=none")
