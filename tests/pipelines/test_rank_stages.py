@@ -22,11 +22,14 @@ from xmcdist.parallel.launch import World
 from xmcdist.parallel.mesh import Mesh
 from xmcdist.pipelines.run import Run
 from xmcdist.rankers.model import LinearTree
+from xmcdist.rankers.partition import estimate_costs, node_ranges
+from xmcdist.rankers.weights import LevelWeights
 from xmcdist.sparse.features import Features
 from xmcdist.sparse.store import open_csr, save_csr
 from xmcdist.trees.label_tree import LabelTree
 
 DOCS, LABELS = 91, 23
+POINTERS = [np.array([0, 3]), np.array([0, 2, 5, 7]), np.array([0, 4, 5, 9, 9, 12, 20, 23])]
 SCHEMES = {
     "tfn": ["ranker.cost_sensitive=true"],
     "both": ["ranker.negatives=[tfn+man]"],
@@ -69,8 +72,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts, Y = texts_and_labels(DOCS, LABELS, seed=3)
     save_csr(folder / "X", Tfidf.fit(texts, FeaturesConfig(), World.single()).transform(texts))
     np.save(folder / "E.npy", np.random.default_rng(0).normal(size=(DOCS, 3)).astype(np.float32))
-    pointers = [np.array([0, 3]), np.array([0, 2, 5, 7]), np.array([0, 4, 5, 9, 9, 12, 20, 23])]
-    tree = LabelTree(pointers, np.random.default_rng(1).permutation(LABELS), LABELS)
+    tree = LabelTree(POINTERS, np.random.default_rng(1).permutation(LABELS), LABELS)
     tree.save(folder / "tree")
     for t in (1, 2, 3):
         save_csr(folder / f"Y.level-{t}", sp.csr_matrix(tree.lift(Y, t)))
@@ -80,12 +82,9 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _weights(run_dir: Path, t: int) -> np.ndarray:
-    from xmcdist.rankers.weights import LevelWeights
-
     level = LevelWeights.load(run_dir / "stages" / f"rank-{t}" / "weights")
-    ptr = [np.array([0, 3]), np.array([0, 2, 5, 7]), np.array([0, 4, 5, 9, 9, 12, 20, 23])][t - 1]
     dense, bias = level.dense_rows()
-    return np.hstack([level.sparse_rows(ptr).toarray(), dense, bias[:, None]])
+    return np.hstack([level.sparse_rows(POINTERS[t - 1]).toarray(), dense, bias[:, None]])
 
 
 @on_ranks(2, 3)
@@ -96,6 +95,11 @@ def test_the_number_of_ranks_changes_no_weight(single: Path, rank: int, world_si
         for t in (1, 2, 3):
             got, want = (_weights(single / f"{name}-{w}", t) for w in (world_size, 1))
             assert got.tobytes() == want.tobytes(), (name, t)
+            stage = single / f"{name}-{world_size}" / "stages" / f"rank-{t}"
+            features = Features(open_csr(single / "X"), np.load(single / "E.npy"))
+            costs = estimate_costs(features, open_csr(stage / "M"), POINTERS[t - 1])  # of all documents at once
+            parts = LevelWeights.load(stage / "weights").parts
+            assert [p.num_nodes for p in parts] == [b - a for a, b in node_ranges(costs, POINTERS[t - 1], world_size)]
             for matrix in ("M/indptr", "M/indices", "M/data"):
                 files = [single / f"{name}-{w}" / "stages" / f"rank-{t}" / f"{matrix}.npy" for w in (world_size, 1)]
                 assert files[0].read_bytes() == files[1].read_bytes()
