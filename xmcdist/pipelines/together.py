@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,12 +33,21 @@ def errors_together() -> Iterator[None]:
         raise UserError(told[0]) from own
 
 
-def share_cores(world: World) -> None:
-    """Give each process of this machine its share of the cores, for the compiled kernels."""
+def share_cores(world: World, threads: int | None = None) -> None:
+    """Give each process of this machine its share of the cores, for the compiled kernels and torch.
+
+    Args:
+        threads: of this process; None: cores divided by the processes of this machine.
+    """
     import numba
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    numba.set_num_threads(min(max(1, cores // world.local_world_size), numba.get_num_threads()))
+    threads = threads or max(1, cores // world.local_world_size)
+    numba.set_num_threads(min(threads, numba.get_num_threads()))
+    if "torch" in sys.modules:  # the linear path of one process goes without it
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def model_part(parallel: str, world: World) -> tuple[int, int]:

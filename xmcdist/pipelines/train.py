@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 import time
 from dataclasses import asdict, replace
@@ -29,6 +28,7 @@ from xmcdist.pipelines.features import features_stage
 from xmcdist.pipelines.prepare import prepare_data
 from xmcdist.pipelines.ranking import rank_stages
 from xmcdist.pipelines.run import Run, shaping_settings
+from xmcdist.pipelines.together import share_cores
 from xmcdist.pipelines.tree import tree_stage
 from xmcdist.rankers.model import LinearTree
 from xmcdist.sparse.features import Features
@@ -49,7 +49,9 @@ def train(cfg: RunConfig, world: World) -> dict[str, Any]:
     """
     started = time.perf_counter()
     run_dir = Path(cfg.run_dir)
-    _set_threads(cfg, world)
+    share_cores(world, cfg.engine.threads)
+    if cfg.encoder.preset != "none" and world.device_type == "cpu":
+        _keep_freed_memory()
     log = RunLog(run_dir, world)
     stages = StageStore(run_dir, world, log.say)
     settings = shaping_settings(cfg)
@@ -161,21 +163,6 @@ def _results(run: Run, metrics: dict[str, float], baseline: dict[str, float], wa
         run.log.say(f"model in {Path(run.cfg.run_dir) / 'model'}; {wall:.0f} s since this start")
     run.world.barrier()
     return results
-
-
-def _set_threads(cfg: RunConfig, world: World) -> None:
-    """Share the machine's cores out over its processes; the compiled kernels and torch alike."""
-    import numba
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = cfg.engine.threads or max(1, cores // world.local_world_size)
-    numba.set_num_threads(min(threads, numba.get_num_threads()))
-    if cfg.encoder.preset != "none":
-        import torch
-
-        torch.set_num_threads(threads)
-        if world.device_type == "cpu":
-            _keep_freed_memory()
 
 
 def _decide_precision(cfg: RunConfig, world: World) -> RunConfig:
