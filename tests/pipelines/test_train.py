@@ -15,7 +15,6 @@ from tests.helpers.toy import TINY_RUN, texts_and_labels, write_jsonl, write_tex
 from xmcdist.config.compose import compose_run
 from xmcdist.config.errors import UserError
 from xmcdist.parallel.launch import World
-from xmcdist.pipelines.prepare import prepare_data
 from xmcdist.pipelines.train import train
 
 
@@ -138,12 +137,6 @@ def test_what_does_not_fit_is_one_clear_error(
 ) -> None:
     with pytest.raises(UserError, match=answer):
         _train(data, tmp_path / "run", *overrides)
-
-
-def test_fewer_labels_than_processes_is_refused(data: Path, tmp_path: Path) -> None:
-    cfg = compose_run([f"dataset.path={data}", f"run_dir={tmp_path / 'run'}", "encoder=none"])
-    with pytest.raises(UserError, match="40 labels cannot be shared out over 41 processes: start at most 40"):
-        prepare_data(cfg, World(0, 41, 0, 41, "cpu"), print)
 
 
 def test_a_damaged_model_is_named(data: Path, tmp_path: Path) -> None:
