@@ -27,7 +27,10 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same run of every kind; 41 labels and 361 documents divide by no number of processes, and level 1 has 2 nodes."""
+    """The same run of every kind.
+
+    41 labels and 361 documents divide by no number of processes; level 1 has fewer nodes than some.
+    """
     folder = tmp_path_factory.mktemp("world")
     data = write_text_folder(folder / "data", train=361, test=61, labels=41)
     for kind, (world, settings) in KINDS.items():
