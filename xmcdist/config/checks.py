@@ -33,6 +33,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "schedule.name": ("linear", "cosine", "constant"),
     "ranker.post_processor": POST_PROCESSORS,
     "ranker.features": ("both", "sparse", "dense"),
+    "ranker.tree_start": ("tree", "random"),
     "ranker.negative_weight": ("none", "score"),
     "engine.name": ("cpu", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"),
     "engine.precision": ("fp32", "bf16", "auto"),

@@ -157,6 +157,7 @@ class RankerConfig:
     post_processor: str = "l3-hinge"
     last_post_processor: str | None = None  # null: as post_processor; noop ranks by the raw leaf score
     features: str = "both"  # both | sparse | dense: TF-IDF, embedding, or their concatenation
+    tree_start: str = "tree"  # tree | random: what the refined tree's k-means starts from
 
 
 @dataclass

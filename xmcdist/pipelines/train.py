@@ -107,7 +107,8 @@ def _stages(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     use_sparse, use_dense = cfg.ranker.features != "dense", cfg.ranker.features != "sparse"
     features = Features(sparse=X if use_sparse else None, dense=dense if use_dense else None)
     after = ("features", "tree", "embed")
-    refined = tree_stage(run, "ranker_tree", cfg.ranker_tree, features, after=after)
+    start = tree if cfg.ranker.tree_start == "tree" else None
+    refined = tree_stage(run, "ranker_tree", cfg.ranker_tree, features, after=after, start=start)
     rankers = rank_stages(run, "rank", features, refined, after=(*after, "ranker_tree"))
     metrics: dict[str, float] = {}
     if has_test:

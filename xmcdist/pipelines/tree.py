@@ -17,16 +17,22 @@ from xmcdist.trees.show import describe_cluster, describe_label, describe_tree
 __all__ = ["show_tree", "tree_stage"]
 
 
-def tree_stage(run: Run, name: str, cfg: TreeConfig, features: Features, after: tuple[str, ...]) -> Path:
+def tree_stage(
+    run: Run, name: str, cfg: TreeConfig, features: Features, after: tuple[str, ...], start: Path | None = None
+) -> Path:
     """Build a tree and lift the training labels to each of its levels.
 
     Writes ``tree/`` and ``Y.level-<t>/`` (CSR ``[N, K_t]``, counts, tree order): what
     matcher and rankers read by row, memory-mapped, instead of each holding its own copy.
+
+    Args:
+        start: the stage of a tree to start from, among ``after``; None: random members.
     """
 
     def body(folder: Path) -> None:
         Y = run.data.Y("trn")
-        tree = build_label_tree(features, Y, cfg, run.world, folder)
+        before = None if start is None else LabelTree.load(start / "tree")
+        tree = build_label_tree(features, Y, cfg, run.world, folder, start=before)
         if run.world.is_main:
             tree.save(folder / "tree")
         own = run.own_rows(Y)
@@ -35,7 +41,7 @@ def tree_stage(run: Run, name: str, cfg: TreeConfig, features: Features, after: 
         run.log.say(f"{name}: levels {' > '.join(str(tree.level_size(t)) for t in range(1, tree.depth + 1))}")
 
     group = "ranker_tree" if cfg is run.cfg.ranker_tree else "tree"
-    return run.stages.run(name, run.inputs(group, after=after), body)
+    return run.stages.run(name, run.inputs(group, after=after, start=start is not None), body)
 
 
 def show_tree(cfg: TreeShowConfig) -> str:

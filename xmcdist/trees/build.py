@@ -32,6 +32,7 @@ def build_label_tree(
     world: World | None = None,
     workdir: Path | str | None = None,
     *,
+    start: LabelTree | None = None,
     threads: int | None = None,
 ) -> LabelTree:
     """The tree of ``cfg``, the same on every rank and for every number of ranks; collective.
@@ -44,6 +45,8 @@ def build_label_tree(
         world: default one process.
         workdir: shared folder for label embeddings made by several ranks; they are deleted
             after use.  One process needs none.
+        start: a tree of the same labels, a place each, that k-means starts from; default random
+            members.
         threads: a process; default numba's.
 
     Raises:
@@ -59,7 +62,10 @@ def build_label_tree(
         Z = read_label_features(cfg.label_features, num_labels)
     else:
         Z = _embed(features, Y, world, workdir, threads)
-    codes = balanced_kmeans(Z, depth, seed=cfg.seed, max_iter=cfg.kmeans_max_iter, world=world, threads=threads)
+    order = None if start is None or not start.is_partition else start.labels
+    codes = balanced_kmeans(
+        Z, depth, seed=cfg.seed, max_iter=cfg.kmeans_max_iter, order=order, world=world, threads=threads
+    )
     if world.world_size > 1 and workdir is not None:
         world.barrier()
         if world.is_main:

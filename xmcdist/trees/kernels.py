@@ -122,6 +122,13 @@ def direction_of_sums(sums: F64, touched: U32, num_sparse: int, direction: F64) 
 
 
 @njit(cache=True, nogil=True)
+def halves(side: U8) -> None:
+    """The first half goes left."""
+    side[: side.shape[0] // 2] = LEFT
+    side[side.shape[0] // 2 :] = RIGHT
+
+
+@njit(cache=True, nogil=True)
 def rearrange(members: I64, side: U8) -> None:
     """Left members first, then right ones, each in the order they had."""
     left = members[side == LEFT]
@@ -151,9 +158,10 @@ def bisect_nodes(
         data: see ``indptr``.
         dense: see ``indptr``.
         num_sparse: D.
-        members: label ids, those of node p at ``node_ptr[p]:node_ptr[p + 1]``, rising.
+        members: label ids, those of node p at ``node_ptr[p]:node_ptr[p + 1]``; ties go by their order.
         node_ptr: see ``members``.
-        picks: ``[nodes, 2]``, the members by position that iteration 0 starts from: right, left.
+        picks: ``[nodes, 2]``, the members by position that iteration 0 starts from: right, left;
+            twice the same: from the halves of the members as they stand.
         first: first node.
         last: one past the last node.
         max_iter: most iterations a node.
@@ -181,12 +189,17 @@ def bisect_nodes(
             sums[touched[k], 0] = sums[touched[k], 1] = 0.0
         sums[num_sparse:] = 0.0
         side[:] = NONE
-        direction_between(indptr, indices, data, dense, mine[picks[node, 0]], mine[picks[node, 1]], touched, direction)
+        right, left = picks[node]
+        if right != left:
+            direction_between(indptr, indices, data, dense, mine[right], mine[left], touched, direction)
         for iteration in range(max_iter):
-            if iteration > 0:
-                direction_of_sums(sums, touched, num_sparse, direction)
-            score_rows(indptr, indices, data, dense, mine, direction, scores)
-            lower_half(scores, new_side)
+            if iteration == 0 and right == left:
+                halves(new_side)
+            else:
+                if iteration > 0:
+                    direction_of_sums(sums, touched, num_sparse, direction)
+                score_rows(indptr, indices, data, dense, mine, direction, scores)
+                lower_half(scores, new_side)
             if move(indptr, indices, data, dense, mine, side, new_side, sums) == 0:
                 break
         rearrange(mine, side)

@@ -23,6 +23,7 @@ from xmcdist.trees.kernels import (
     bisect_nodes,
     direction_between,
     direction_of_sums,
+    halves,
     lower_half,
     move,
     rearrange,
@@ -43,6 +44,7 @@ def balanced_kmeans(
     *,
     seed: int = 0,
     max_iter: int = 20,
+    order: I64 | None = None,
     world: World | None = None,
     threads: int | None = None,
 ) -> I64:
@@ -61,6 +63,10 @@ def balanced_kmeans(
         depth: at least 1, with 2**depth <= L.
         seed: of the random starts.
         max_iter: most iterations a node.
+        order: int64 ``[L]``, all labels, those that are near each other in a tree there is near
+            each other: a node then starts from the halves of its members in this order, not from
+            two random ones, and ties go by it.  A start from random members magnifies the
+            slightest difference in Z; this one does not.
         world: default one process.
         threads: a process; default numba's.
 
@@ -79,9 +85,12 @@ def balanced_kmeans(
         raise TreeError(f"{Z.num_rows} labels cannot be halved {depth} times")
     if max_iter < 1:
         raise TreeError(f"tree.kmeans_max_iter ({max_iter}) must be at least 1")
-    work = _Bisection(Matrix.of(Z), seed, max_iter, max(1, threads or get_num_threads()))
+    if order is not None and not np.array_equal(np.sort(order), np.arange(Z.num_rows)):
+        raise TreeError(f"order does not hold each of the {Z.num_rows} labels once")
+    work = _Bisection(Matrix.of(Z), None if order is not None else seed, max_iter, max(1, threads or get_num_threads()))
     top = min((world.world_size - 1).bit_length(), depth)
-    members, node_ptr = np.arange(Z.num_rows, dtype=np.int64), np.array([0, Z.num_rows], dtype=np.int64)
+    members = np.arange(Z.num_rows, dtype=np.int64) if order is None else np.array(order, dtype=np.int64)
+    node_ptr = np.array([0, Z.num_rows], dtype=np.int64)
     if top:
         if world.is_main:
             members, node_ptr = work.run(members, node_ptr, 0, top)
@@ -101,14 +110,14 @@ def balanced_kmeans(
 class _Bisection:
     """Bisects nodes depth by depth, nodes or, near the root, rows shared out over threads."""
 
-    def __init__(self, z: Matrix, seed: int, max_iter: int, threads: int) -> None:
+    def __init__(self, z: Matrix, seed: int | None, max_iter: int, threads: int) -> None:
         self._z, self._seed, self._max_iter, self._threads = z, seed, max_iter, threads
 
     def run(self, members: I64, node_ptr: I64, start: int, stop: int, first_node: int = 0) -> tuple[I64, I64]:
         """Depths ``[start, stop)`` below some neighbouring nodes of depth ``start``.
 
         Args:
-            members: label ids, those of the i-th node at ``node_ptr[i]:node_ptr[i + 1]``, rising; reordered in place.
+            members: label ids, those of the i-th node at ``node_ptr[i]:node_ptr[i + 1]``; reordered in place.
             node_ptr: see ``members``.
             start: depth of these nodes.
             stop: depth of the nodes wanted.
@@ -130,7 +139,9 @@ class _Bisection:
         return members, node_ptr
 
     def _picks(self, node_ptr: I64, depth: int, first_node: int) -> I64:
-        """Two different members, by position, of each node."""
+        """Two different members, by position, of each node; without a seed the same one twice: halves."""
+        if self._seed is None:
+            return np.zeros((len(node_ptr) - 1, 2), dtype=np.int64)
         picks = np.empty((len(node_ptr) - 1, 2), dtype=np.int64)
         for i, size in enumerate(np.diff(node_ptr).tolist()):
             rng = np.random.default_rng((self._seed, depth, first_node + i))
@@ -166,12 +177,17 @@ class _Bisection:
             part = slice(edges[i], edges[i + 1])
             score_rows(*rows, mine[part], direction, scores[part])
 
-        direction_between(*rows, mine[pick[0]], mine[pick[1]], touched, direction)
+        right, left = pick
+        if right != left:
+            direction_between(*rows, mine[right], mine[left], touched, direction)
         for iteration in range(self._max_iter):
-            if iteration:
-                direction_of_sums(sums, touched, z.num_sparse, direction)
-            list(pool.map(score, range(len(edges) - 1)))
-            lower_half(scores, new_side)
+            if iteration == 0 and right == left:
+                halves(new_side)
+            else:
+                if iteration:
+                    direction_of_sums(sums, touched, z.num_sparse, direction)
+                list(pool.map(score, range(len(edges) - 1)))
+                lower_half(scores, new_side)
             if move(*rows, mine, side, new_side, sums) == 0:
                 break
         rearrange(mine, side)
