@@ -41,7 +41,8 @@ def tree_stage(
         run.log.say(f"{name}: levels {' > '.join(str(tree.level_size(t)) for t in range(1, tree.depth + 1))}")
 
     group = "ranker_tree" if cfg is run.cfg.ranker_tree else "tree"
-    return run.stages.run(name, run.inputs(group, after=after, start=start is not None), body)
+    from_tree = {} if start is None else {"start": "tree"}
+    return run.stages.run(name, run.inputs(group, after=after, **from_tree), body)
 
 
 def show_tree(cfg: TreeShowConfig) -> str:
