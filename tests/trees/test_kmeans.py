@@ -9,6 +9,7 @@ from xmcdist.parallel.launch import World
 from xmcdist.sparse.csr import as_csr
 from xmcdist.sparse.features import Features
 from xmcdist.trees import kmeans
+from xmcdist.trees.errors import TreeError
 from xmcdist.trees.kmeans import balanced_kmeans
 
 
@@ -35,8 +36,8 @@ def _as_features(Z: np.ndarray, form: str) -> Features:
     return Features(sparse, np.ascontiguousarray(Z[:, split:]) if split < 24 else None)
 
 
-def _reference(Z: np.ndarray, depth: int, seed: int, max_iter: int) -> np.ndarray:
-    """The same algorithm by numpy sorting, recomputing both sums each time."""
+def _reference(Z: np.ndarray, depth: int, seed: int, max_iter: int, halves: bool = False) -> np.ndarray:
+    """The same algorithm by numpy sorting, recomputing both sums each time; from two members or from halves."""
     Z = Z.astype(np.float64)
     nodes = [np.arange(len(Z))]
     for t in range(depth):
@@ -55,6 +56,8 @@ def _reference(Z: np.ndarray, depth: int, seed: int, max_iter: int) -> np.ndarra
                     c = units[1] - units[0]
                 # A product over zeros and a sum over stored values may differ in the last bit.
                 order = sorted(range(len(ids)), key=lambda i: (round(float(Z[ids[i]] @ c), 12), ids[i]))
+                if halves and it == 0:
+                    order = list(range(len(ids)))
                 new = np.sort(order[: len(ids) // 2])
                 if old is not None and np.array_equal(new, old):
                     break
@@ -142,3 +145,49 @@ def test_refusals() -> None:
         balanced_kmeans(Z, 4)
     with pytest.raises(ValueError, match="kmeans_max_iter"):
         balanced_kmeans(Z, 2, max_iter=0)
+
+
+def test_a_start_from_a_tree_hardly_magnifies_differences() -> None:
+    """And finds as good a tree as random members do."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(16, 12))
+    Z = (centres[rng.integers(0, 16, 2000)] + 0.7 * rng.normal(size=(2000, 12))).astype(np.float32)
+    near = (Z * (1 + 1e-3 * rng.uniform(-1, 1, Z.shape))).astype(np.float32)
+    one, other = (Features(None, x / np.linalg.norm(x, axis=1, keepdims=True)) for x in (Z, near))
+    order = np.argsort(balanced_kmeans(one, 5, seed=9), kind="stable")
+    same = {}
+    for start in (None, order):
+        a, b = (balanced_kmeans(z, 5, seed=0, order=start) for z in (one, other))
+        same[start is not None] = np.mean(a == b)
+        lengths = [np.linalg.norm(one.dense[a == c].sum(0)) for c in range(32)]
+        same[f"objective {start is not None}"] = sum(lengths) / 2000
+        assert set(np.bincount(a).tolist()) <= {62, 63}
+    assert same[True] > 0.97
+    assert same[True] >= same[False]
+    assert same["objective True"] > 0.99 * same["objective False"]
+
+
+@pytest.mark.parametrize("form", ["sparse", "dense", "both"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_start_from_an_order_equals_the_reference(form: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kmeans, "_WIDE", 1 if wide else 1 << 30)
+    Z = _clustered()
+    order = np.random.default_rng(3).permutation(len(Z))
+    want = np.empty(len(Z), dtype=np.int64)
+    want[order] = _reference(Z[order], 4, 0, 20, halves=True)
+    np.testing.assert_array_equal(balanced_kmeans(_as_features(Z, form), 4, order=order, threads=2), want)
+
+
+def test_an_order_that_is_none_is_refused() -> None:
+    with pytest.raises(TreeError, match="order does not hold each of the 4 labels once"):
+        balanced_kmeans(Features(None, np.eye(4, dtype=np.float32)), 1, order=np.array([0, 1, 1, 3]))
+
+
+@on_ranks(1, 2, 3)
+def test_a_start_from_a_tree_is_the_same_on_any_ranks(rank: int, world_size: int) -> None:
+    rng = np.random.default_rng(1)
+    Z = rng.normal(size=(101, 5)).astype(np.float32)
+    z = Features(None, Z / np.linalg.norm(Z, axis=1, keepdims=True))
+    order = rng.permutation(101)
+    world = World(rank, world_size, rank, world_size, "cpu")
+    np.testing.assert_array_equal(balanced_kmeans(z, 4, order=order, world=world), balanced_kmeans(z, 4, order=order))
