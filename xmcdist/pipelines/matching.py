@@ -34,6 +34,11 @@ from xmcdist.trees.label_tree import LabelTree
 
 __all__ = ["match_stages"]
 
+# A start for fine-tuning need not be optimal.  A fixed number of passes is cheap, and rounding
+# does not decide when a node stops, which would be a difference of a tenth in its weights.
+_BOOTSTRAP_PASSES = 20
+_NEVER_STOP = 1e-12
+
 
 def match_stages(run: Run, tree_folder: Path) -> Path:
     """Tokens, then every level up to ``matcher.max_clusters`` nodes, then all embeddings.
@@ -178,7 +183,10 @@ class _Level:
             head.load_rows(np.asarray(rows[parents]), np.asarray(bias[parents]))
             return
         features = Features(sparse=None, dense=np.load(above / "E.npy", mmap_mode="r", allow_pickle=False))
-        params = SolverParams(Cp=cfg.bootstrap_c, Cn=cfg.bootstrap_c, threshold=0.0, seed=self.run.cfg.seed)
+        c = cfg.bootstrap_c
+        params = SolverParams(
+            Cp=c, Cn=c, threshold=0.0, seed=self.run.cfg.seed, max_iter=_BOOTSTRAP_PASSES, eps=_NEVER_STOP
+        )
         relevance = self.Y if cfg.bootstrap == "weighted-linear" else None
         weights = solve_level(features, self.Y, M, self.child_ptr, params, relevance, nodes=nodes)
         head.load_rows(*weights.dense_rows())
