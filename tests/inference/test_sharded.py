@@ -94,7 +94,7 @@ def test_ranks_hold_every_node_once_and_near_equal_shares(tmp_path: Path, world_
         assert all(a.first_node + a.num_nodes == b.first_node for a, b in pairwise(levels))
         for level in levels:
             rows = slice(level.first_node, level.first_node + level.num_nodes)
-            np.testing.assert_array_equal(level.sparse_rows(ptr).toarray(), W[rows, :WORDS])
+            np.testing.assert_array_equal(level.sparse_rows().toarray(), W[rows, :WORDS])
             dense, bias = level.dense_rows()
             np.testing.assert_array_equal(dense, W[rows, WORDS:-1])
             np.testing.assert_array_equal(bias, W[rows, -1])
@@ -109,7 +109,7 @@ def test_whole_clusters_of_a_file_are_not_read_into_memory(tmp_path: Path) -> No
     model.save(tmp_path / "m")
     level = LinearTree.load(tmp_path / "m").levels[2]
     (part,) = level.cut(5, 12, PTR[2]).parts  # clusters 2 to 4 of 7, the third of them without children
-    for name in ("feature", "entry_ptr", "child", "value", "dense", "bias"):
+    for name in ("feature", "entry_offset", "child", "value", "dense", "bias"):
         assert np.shares_memory(getattr(part, name), getattr(level.parts[0], name)), name
     first, *_ = level.cut(2, 12, PTR[2]).parts
     assert (first.first_node, first.num_nodes) == (2, 2)  # the piece of the cluster that is cut

@@ -25,7 +25,7 @@ TIGHT = {"eps": 1e-9, "max_iter": 100_000, "threshold": 0.0}
 def rows(w: LevelWeights, child_ptr: np.ndarray) -> np.ndarray:
     """Every node's weights and bias term, dense: ``[n, D + d + 1]``."""
     dense, bias = w.dense_rows()
-    return np.hstack([w.sparse_rows(child_ptr).toarray(), dense, bias[:, None]])
+    return np.hstack([w.sparse_rows().toarray(), dense, bias[:, None]])
 
 
 def same(a: LevelWeights, b: LevelWeights, child_ptr: np.ndarray) -> bool:
@@ -142,11 +142,11 @@ def test_seed_is_used() -> None:
 def test_threshold_and_limit_drop_small_sparse_weights_only() -> None:
     p = problem()
     full = solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(threshold=0))
-    W = full.sparse_rows(p.child_ptr).toarray()
+    W = full.sparse_rows().toarray()
     cut = solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(threshold=0.2))
-    np.testing.assert_array_equal(cut.sparse_rows(p.child_ptr).toarray(), np.where(np.abs(W) < 0.2, 0, W))
+    np.testing.assert_array_equal(cut.sparse_rows().toarray(), np.where(np.abs(W) < 0.2, 0, W))
     few = solve_level(p.both, p.Y, p.M, p.child_ptr, SolverParams(threshold=0, max_nonzeros_per_label=5))
-    for node, w in enumerate(few.sparse_rows(p.child_ptr).toarray()):
+    for node, w in enumerate(few.sparse_rows().toarray()):
         kept = np.sort(np.argsort(-np.abs(W[node]), kind="stable")[:5])
         want = np.zeros_like(w)
         want[kept] = W[node][kept]

@@ -14,6 +14,7 @@ Source: Yu et al., PECOS (arXiv:2010.05878), inference.
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import scipy.sparse as sp
@@ -24,10 +25,12 @@ from xmcdist.inference.steps import (
     Block,
     Rows,
     Step,
+    Tables,
     block_size,
     check_width,
     each,
     join_rows,
+    most_scores,
     root_rows,
     row_span,
     search_steps,
@@ -37,7 +40,65 @@ from xmcdist.rankers.model import LinearTree
 from xmcdist.rankers.weights import LevelWeights
 from xmcdist.sparse.features import Features
 
-__all__ = ["beam_search", "predict_level", "top_k_arrays"]
+__all__ = ["Search", "beam_search", "predict_level", "top_k_arrays"]
+
+_KEPT = 16  # prepared searches of a model
+
+
+class Search:
+    """A prepared search: what does not depend on the documents is done once.
+
+    `beam_search` prepares one for each of its settings and keeps it with the model, so a
+    program need not.  It may be used by several threads at once.
+
+    Args:
+        model: with the other arguments as of `beam_search`.
+
+    Raises:
+        ValueError: settings do not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: LinearTree,
+        beam: int,
+        topk: int,
+        post_processor: str | None = None,
+        last_post_processor: str | None = None,
+        upto_level: int | None = None,
+    ) -> None:
+        if not model.is_whole:
+            raise ValueError("this is one rank's part of a model: search it with beam_search_sharded")
+        self.steps = search_steps(model, beam, topk, post_processor, last_post_processor, upto_level)
+        last, tree = len(self.steps), model.tree
+        self.columns = tree.num_labels if last == tree.depth else tree.level_size(last)
+        self._tables, self._most = Tables.of(self.steps), most_scores(self.steps, 1)
+        self._root = root_rows(1, self.steps[0].post)
+
+    def __call__(self, features: Features, threads: int | None = None) -> sp.csr_matrix:
+        """The best labels of every document, as `beam_search` gives them."""
+        return to_csr(self.rows(features, threads), self.columns)
+
+    def rows(self, features: Features, threads: int | None = None) -> Rows:
+        """The same as arrays: where the labels of each document begin, labels, scores."""
+        check_width(self.steps, features)
+        if features.num_rows == 1:
+            return Block(features).descend(self._tables, self._root)
+        return _search(self._tables, features, root_rows(features.num_rows, self.steps[0].post), threads, self._most)
+
+
+_SEARCHES: WeakKeyDictionary[LinearTree, dict[tuple[Any, ...], Search]] = WeakKeyDictionary()
+
+
+def prepared(model: LinearTree, *settings: Any) -> Search:
+    """The model's search with these settings, made once."""
+    kept = _SEARCHES.setdefault(model, {})
+    search = kept.get(settings)
+    if search is None:
+        if len(kept) >= _KEPT:
+            kept.clear()
+        search = kept[settings] = Search(model, *settings)
+    return search
 
 
 def beam_search(
@@ -75,12 +136,7 @@ def beam_search(
     Cost: a document and level, beam clusters times (its words found in the cluster times
     their weights, plus children times dense width).
     """
-    if not model.is_whole:
-        raise ValueError("this is one rank's part of a model: search it with beam_search_sharded")
-    steps = search_steps(model, beam, topk, post_processor, last_post_processor, upto_level)
-    last, tree = len(steps), model.tree
-    columns = tree.num_labels if last == tree.depth else tree.level_size(last)
-    return to_csr(_search(steps, features, root_rows(features.num_rows, steps[0].post), threads), columns)
+    return prepared(model, beam, topk, post_processor, last_post_processor, upto_level)(features, threads)
 
 
 def predict_level(
@@ -111,8 +167,10 @@ def predict_level(
     if weights_t.num_nodes != child_ptr[-1]:
         raise ValueError(f"weights of {weights_t.num_nodes} nodes, the level has {child_ptr[-1]}")
     step = Step.of(weights_t, child_ptr, PostProcessor.named(post_processor), beam)
+    check_width([step], features)
     start: Any = (parent_scores.indptr, parent_scores.indices, parent_scores.data)  # cast block by block
-    return to_csr(_search([step], features, start, threads), int(child_ptr[-1]))
+    most = most_scores([step], int(np.diff(parent_scores.indptr).max(initial=1)))
+    return to_csr(_search(Tables.of([step]), features, start, threads, most), int(child_ptr[-1]))
 
 
 def top_k_arrays(predictions: sp.csr_matrix, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -134,18 +192,14 @@ def top_k_arrays(predictions: sp.csr_matrix, k: int) -> tuple[NDArray[np.float32
     return scores, labels
 
 
-def _search(steps: list[Step], features: Features, start: Rows, threads: int | None) -> Rows:
-    """Run all steps, block by block."""
-    check_width(steps, features)
+def _search(tables: Tables, features: Features, start: Rows, threads: int | None, most: int) -> Rows:
+    """Run all levels, block by block."""
     n = features.num_rows
-    docs = block_size(steps, int(np.diff(start[0]).max(initial=1)), n, threads)
+    docs = block_size(most, n, threads)
 
     def run(a: int) -> Rows:
         b = min(a + docs, n)
-        block = Block(features.rows(a, b))
-        rows = row_span(start, a, b)
-        for step in steps:
-            rows = block.step(step, rows)
-        return rows
+        own = features if b - a == n else features.rows(a, b)
+        return Block(own).descend(tables, row_span(start, a, b))
 
     return join_rows(each(run, range(0, n, docs), threads))

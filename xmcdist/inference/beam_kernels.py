@@ -1,201 +1,342 @@
-"""Compiled inner loops of the beam search: score pairs, keep the best."""
+"""Compiled inner loops of the beam search: ranker outputs of (document, cluster) pairs.
+
+Trees and weights come as tables of whole numbers, among them addresses of arrays;
+`xmcdist.inference.steps` makes the tables and keeps the arrays alive.  So one compiled
+search serves any number of levels and parts, and a call hands over two tables instead of
+dozens of arrays, which would take longer than the search for one document.
+
+An output is the bias term, plus the dense products in the order of the columns, plus the
+words in theirs: the same additions whatever the other documents and children are.
+"""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray, njit, types
+from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
-__all__ = ["HINGE", "NOOP", "SIGMOID", "keep_best", "score_pairs"]
+from xmcdist.inference.keep_kernels import keep_best, keep_given
+
+__all__ = ["LEVEL", "PART", "descend", "step_to"]
 
 U32 = NDArray[np.uint32]
-U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
+Rows = tuple[I64, I64, F32]
 
-NOOP, SIGMOID, HINGE = 0, 1, 2
+# Columns of the table of levels and of the table of parts; ``_at``: an address.
+LEVEL = ("child_ptr_at", "clusters", "ids_at", "num_ids", "keep", "kind", "power", "log", "first_part", "last_part")
+PART = ("first_cluster", "clusters", "num_dense", "cluster_ptr_at", "chunk_node_at", "chunk_ptr_at", "entry_start_at")
+PART += ("entry_offset_at", "feature_at", "child_at", "value_at", "dense_at", "bias_at")
+
+_ENDLESS = 1 << 40  # length of an array known by its address only
+_DIGIT = 11  # bits sorted at a time
+_COUNT = 9  # bits for how many weights a feature has in a chunk: 1 to 256
+_MOST_MAPPED = 1 << (32 - _COUNT)  # stored weights of a chunk beyond which it has no table
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(typing: Any, address: Any, like: Any) -> Any:
+    """An address as a pointer to values of the type, or the array's type, ``like``."""
+    signature = types.CPointer(like.dtype)(types.int64, like)
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return signature, code
+
+
+def _wide(weight):  # type: ignore[no-untyped-def]
+    """A stored weight as float32; float16 comes as the whole number of its bits."""
+    raise NotImplementedError
+
+
+@overload(_wide, inline="always")  # type: ignore[untyped-decorator]
+def _wide_typed(weight):  # type: ignore[no-untyped-def]
+    if isinstance(weight, types.Float):
+        return lambda weight: weight
+
+    def from_half(weight):  # type: ignore[no-untyped-def]
+        bits = np.uint32(weight)
+        size = ((bits & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32) * np.float32(2.0**112)
+        return (size.view(np.uint32) | ((bits & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
+
+    return from_half
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def _add_dense(x: F32, i: int, dense: NDArray[Any], at: int, count: int, scores: F32, out: int) -> None:
+    """Add one document's dense products with the ``[d, count]`` matrix that starts at ``at``."""
+    d = x.shape[1]
+    c = 0
+    while c + 4 <= d:
+        x0, x1, x2, x3 = x[i, c], x[i, c + 1], x[i, c + 2], x[i, c + 3]
+        a0 = np.uint64(at + c * count)
+        a1, a2, a3 = a0 + np.uint64(count), a0 + np.uint64(2 * count), a0 + np.uint64(3 * count)
+        for j in range(np.uint64(count)):
+            total = scores[np.uint64(out) + j] + x0 * _wide(dense[a0 + j])
+            total = total + x1 * _wide(dense[a1 + j])
+            total = total + x2 * _wide(dense[a2 + j])
+            scores[np.uint64(out) + j] = total + x3 * _wide(dense[a3 + j])
+        c += 4
+    while c < d:
+        for j in range(np.uint64(count)):
+            scores[np.uint64(out) + j] += x[i, c] * _wide(dense[np.uint64(at + c * count) + j])
+        c += 1
 
 
 @njit(cache=True, nogil=True)
 def _add_words(
     words: U32,
     weights: F32,
+    begin: int,
+    end: int,
     lo: np.uint64,
     hi: np.uint64,
     feature: U32,
-    entry_ptr: U64,
-    child: U32,
-    value: F32,
-    mapped: bool,
-    where: U32,
-    out: F32,
+    entry_start: I64,
+    entry_offset: NDArray[np.uint16],
+    child: NDArray[np.uint8],
+    value: NDArray[Any],
+    scores: F32,
+    out: int,
 ) -> None:
-    """Add one document's words to its outputs for one cluster, whose features are ``feature[lo:hi]``."""
-    one = np.uint64(1)
-    at = lo
-    for e in range(words.size):
+    """Add a document's words ``[begin, end)`` to its outputs for a chunk of features ``[lo, hi)``, found by halving.
+
+    The halvings are equally many for every word and none depends on another word's, so the
+    processor works on several words at a time.
+    """
+    one, eight = np.uint64(1), np.uint64(8)
+    if lo == hi:
+        return
+    for e in range(np.uint64(begin), np.uint64(end)):
         f = words[e]
-        if mapped:
-            if where[f] == 0:
-                continue
-            at = lo + np.uint64(where[f]) - one
-        else:
-            end = hi
-            while at < end:
-                middle = (at + end) >> one
-                if feature[middle] < f:
-                    at = middle + one
-                else:
-                    end = middle
-            if at >= hi:
-                break
-            if feature[at] != f:
-                continue
-        for w in range(entry_ptr[at] - entry_ptr[0], entry_ptr[at + one] - entry_ptr[0]):
-            out[child[w]] += weights[e] * value[w]
+        at, left = lo, hi - lo
+        while left > one:
+            half = left >> one
+            at += half * np.uint64(feature[at + half - one] < f)
+            left -= half
+        if feature[at] != f:
+            continue
+        first = np.uint64(entry_start[at >> eight]) + np.uint64(entry_offset[at])
+        last = np.uint64(entry_start[(at + one) >> eight]) + np.uint64(entry_offset[at + one])
+        for w in range(first, last):
+            scores[np.uint64(out) + np.uint64(child[w])] += weights[e] * _wide(value[w])
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
-def score_pairs(
-    x_ptr: U64,
+@njit(cache=True, nogil=True)
+def _add_mapped(
+    words: U32,
+    weights: F32,
+    begin: int,
+    end: int,
+    where: U32,
+    origin: np.uint64,
+    child: NDArray[np.uint8],
+    value: NDArray[Any],
+    scores: F32,
+    out: int,
+) -> None:
+    """The same where a table tells the place of each feature's weights, counted from ``origin``."""
+    for e in range(np.uint64(begin), np.uint64(end)):
+        entry = np.uint64(where[words[e]])
+        first = origin + (entry >> np.uint64(_COUNT))
+        for w in range(first, first + (entry & np.uint64((1 << _COUNT) - 1))):
+            scores[np.uint64(out) + np.uint64(child[w])] += weights[e] * _wide(value[w])
+
+
+@njit(cache=True, nogil=True)
+def _score_part(
+    part: I64,
+    child_ptr: I64,
+    like: NDArray[Any],
+    x_ptr: I64,
     x_idx: U32,
     x_val: F32,
     x_dense: F32,
     docs: I64,
     clusters: I64,
     outs: I64,
-    child_ptr: I64,
-    first_cluster: int,
-    first_node: int,
-    chunk_ptr: U64,
-    feature: U32,
-    entry_ptr: U64,
-    child: U32,
-    value: F32,
-    dense: F32,
-    bias: F32,
     where: U32,
     scores: F32,
 ) -> None:
-    """Ranker outputs of the children of each (document, cluster) pair, as far as this part holds them.
-
-    Pairs come in cluster order; pair k's children go to ``scores[outs[k]:]``.  ``where`` is
-    ``[D]`` zeros on entry and exit: for a cluster with many pairs it holds the place of each
-    feature plus one; with few pairs, places are found by halving.
-    """
+    """Outputs of the pairs' children that lie in one part; see `_score_level`."""
+    first_cluster, num_clusters, d = part[0], part[1], part[2]
+    cluster_ptr = carray(_pointer(part[3], np.int64), (_ENDLESS,))
+    chunk_node = carray(_pointer(part[4], np.int64), (_ENDLESS,))
+    chunk_ptr = carray(_pointer(part[5], np.int64), (_ENDLESS,))
+    entry_start = carray(_pointer(part[6], np.int64), (_ENDLESS,))
+    entry_offset = carray(_pointer(part[7], np.uint16), (_ENDLESS,))
+    feature = carray(_pointer(part[8], np.uint32), (_ENDLESS,))
+    child = carray(_pointer(part[9], np.uint8), (_ENDLESS,))
+    value = carray(_pointer(part[10], like), (_ENDLESS,))
+    dense = carray(_pointer(part[11], like), (_ENDLESS,))
+    bias = carray(_pointer(part[12], np.float32), (_ENDLESS,))
+    one, eight = np.uint64(1), np.uint64(8)
     k = np.searchsorted(clusters, first_cluster)
-    one = np.uint64(1)
-    while k < clusters.size and clusters[k] < first_cluster + chunk_ptr.size - 1:
+    while k < clusters.size and clusters[k] < first_cluster + num_clusters:
         p = clusters[k]
         stop = k
-        count_words = np.uint64(0)
+        num_words = 0
         while stop < clusters.size and clusters[stop] == p:
-            count_words += x_ptr[docs[stop] + 1] - x_ptr[docs[stop]]
+            num_words += x_ptr[docs[stop] + 1] - x_ptr[docs[stop]]
             stop += 1
-        lo, hi = chunk_ptr[p - first_cluster], chunk_ptr[p - first_cluster + 1]
-        mapped = np.float64(count_words) * (4.0 + np.log2(np.float64(hi - lo) + 1.0)) > 3.0 * np.float64(hi - lo)
-        if mapped:
-            for f in range(lo, hi):
-                where[feature[f]] = f - lo + one
-        start = max(child_ptr[p], first_node)
-        count = min(child_ptr[p + 1], first_node + bias.size) - start
-        for q in range(k, stop):
-            i = docs[q]
-            out = scores[outs[q] + start - child_ptr[p] : outs[q] + start - child_ptr[p] + count]
-            for j in range(count):
-                total = bias[start - first_node + j]
-                for c in range(x_dense.shape[1]):
-                    total += x_dense[i, c] * dense[start - first_node + j, c]
-                out[j] = total
-            words = slice(x_ptr[i], x_ptr[i + 1])
-            _add_words(x_idx[words], x_val[words], lo, hi, feature, entry_ptr, child, value, mapped, where, out)
-        if mapped:
-            for f in range(lo, hi):
-                where[feature[f]] = 0
+        for b in range(cluster_ptr[p - first_cluster], cluster_ptr[p - first_cluster + 1]):
+            lo, hi = np.uint64(chunk_ptr[b]), np.uint64(chunk_ptr[b + 1])
+            first, count = chunk_node[b], chunk_node[b + 1] - chunk_node[b]
+            row = first - chunk_node[0]
+            origin = np.uint64(entry_start[lo >> eight]) + np.uint64(entry_offset[lo])
+            stored = np.uint64(entry_start[hi >> eight]) + np.uint64(entry_offset[hi]) - origin
+            entries = np.float64(hi - lo)
+            mapped = where.size > 0 and num_words * (4.0 + np.log2(entries + 1.0)) > 3.0 * entries
+            mapped = mapped and stored < _MOST_MAPPED
+            if mapped:
+                begin = origin
+                for f in range(lo, hi):
+                    end = np.uint64(entry_start[(f + one) >> eight]) + np.uint64(entry_offset[f + one])
+                    where[feature[f]] = ((begin - origin) << np.uint64(_COUNT)) | (end - begin)
+                    begin = end
+            for q in range(k, stop):
+                i = docs[q]
+                out = outs[q] + first - child_ptr[p]
+                for j in range(count):
+                    scores[out + j] = bias[row + j]
+                _add_dense(x_dense, i, dense, row * d, count, scores, out)
+                if mapped:
+                    _add_mapped(x_idx, x_val, x_ptr[i], x_ptr[i + 1], where, origin, child, value, scores, out)
+                else:
+                    _add_words(
+                        x_idx,
+                        x_val,
+                        x_ptr[i],
+                        x_ptr[i + 1],
+                        lo,
+                        hi,
+                        feature,
+                        entry_start,
+                        entry_offset,
+                        child,
+                        value,
+                        scores,
+                        out,
+                    )
+            if mapped:
+                for f in range(lo, hi):
+                    where[feature[f]] = 0
         k = stop
 
 
 @njit(cache=True, nogil=True)
-def _final(output: float, parent: float, kind: int, power: int, log: bool) -> float:
-    """Score of a node from its ranker's output and its parent's score; see `PostProcessor`."""
-    x = np.float64(output)
-    if kind == NOOP:
-        return x
-    exponent = -(max(0.0, 1.0 - x) ** power)
-    if kind == SIGMOID:
-        exponent = min(x, 0.0) - math.log1p(math.exp(-abs(x)))
-    return exponent + parent if log else math.exp(exponent) * parent
+def _by_cluster(ptr: I64, ids: I64, outs: I64, num_clusters: int) -> tuple[I64, I64, I64]:
+    """Pairs in cluster order, in a cluster in document order: documents, clusters, places of their outputs."""
+    docs = np.empty(ids.size, np.int64)
+    for i in range(ptr.size - 1):
+        docs[ptr[i] : ptr[i + 1]] = i
+    if ptr.size == 2:  # one document: clusters ascend
+        return docs, ids, outs
+    order = np.arange(ids.size)
+    shift = 0
+    while (num_clusters - 1) >> shift > 0:
+        starts = np.zeros((1 << _DIGIT) + 1, np.int64)
+        for r in range(ids.size):
+            starts[((ids[r] >> shift) & ((1 << _DIGIT) - 1)) + 1] += 1
+        starts = np.cumsum(starts)
+        sorted_order = np.empty_like(order)
+        for r in order:
+            digit = (ids[r] >> shift) & ((1 << _DIGIT) - 1)
+            sorted_order[starts[digit]] = r
+            starts[digit] += 1
+        order = sorted_order
+        shift += _DIGIT
+    return docs[order], ids[order], outs[order]
 
 
 @njit(cache=True, nogil=True)
-def keep_best(
-    parent_ptr: I64,
-    parents: I64,
-    parent_scores: F32,
-    outs: I64,
-    child_ptr: I64,
-    scores: F32,
+def _score_level(
+    level: I64,
+    parts: I64,
+    like: NDArray[Any],
+    x_ptr: I64,
+    x_idx: U32,
+    x_val: F32,
+    x_dense: F32,
+    where: U32,
+    ptr: I64,
     ids: I64,
-    k: int,
-    kind: int,
-    power: int,
-    log: bool,
-) -> tuple[I64, I64, F32]:
-    """Final scores, and the best k of every document: ids ascending within its row.
+) -> tuple[I64, F32]:
+    """Outputs of the children of each document's nodes: where each node's begin, and all of them.
 
-    ``ids`` maps nodes to labels, where the better of a label's nodes counts; empty: nodes
-    stand for themselves.
+    ``where`` is ``[D]`` zeros on entry and exit, or empty.  It is filled for a chunk with many
+    words, so that these need not search the chunk's features.
     """
-    n = parent_ptr.size - 1
-    counts, best_ids, best = np.zeros(n + 1, np.int64), np.empty((n, k), np.int64), np.empty((n, k), np.float32)
-    for i in range(n):
-        kept = 0
-        for r in range(parent_ptr[i], parent_ptr[i + 1]):
-            p, parent = parents[r], parent_scores[r]
-            if kept == k and kind != NOOP and parent < best[i, k - 1]:
-                continue  # a child never scores above its parent
-            for j in range(child_ptr[p + 1] - child_ptr[p]):
-                final = np.float32(_final(scores[outs[r] + j], parent, kind, power, log))
-                node = child_ptr[p] + j
-                label = ids[node] if ids.size else node
-                if kept == k and (final < best[i, k - 1] or (final == best[i, k - 1] and label > best_ids[i, k - 1])):
-                    continue
-                if ids.size:
-                    kept, better = _forget(best_ids[i], best[i], kept, label, final)
-                    if not better:
-                        continue
-                kept = _insert(best_ids[i], best[i], kept, k, label, final)
-        counts[i + 1] = kept
-    out_ptr = np.cumsum(counts)
-    out_ids, out = np.empty(out_ptr[n], np.int64), np.empty(out_ptr[n], np.float32)
-    for i in range(n):
-        order = np.argsort(best_ids[i, : counts[i + 1]])
-        for j in range(order.size):
-            out_ids[out_ptr[i] + j], out[out_ptr[i] + j] = best_ids[i, order[j]], best[i, order[j]]
-    return out_ptr, out_ids, out
+    child_ptr = carray(_pointer(level[0], np.int64), (_ENDLESS,))
+    outs = np.empty(ids.size + 1, np.int64)
+    outs[0] = 0
+    for r in range(ids.size):
+        outs[r + 1] = outs[r] + child_ptr[ids[r] + 1] - child_ptr[ids[r]]
+    scores = np.empty(outs[-1], np.float32)
+    docs, clusters, places = _by_cluster(ptr, ids, outs[:-1], level[1])
+    for s in range(level[8], level[9]):
+        _score_part(parts[s], child_ptr, like, x_ptr, x_idx, x_val, x_dense, docs, clusters, places, where, scores)
+    return outs, scores
 
 
 @njit(cache=True, nogil=True)
-def _forget(best_ids: I64, best: F32, kept: int, label: int, score: np.float32) -> tuple[int, bool]:
-    """Take a label off the list if it is there with a lower score; (length, whether to insert it)."""
-    for j in range(kept):
-        if best_ids[j] == label:
-            if score <= best[j]:
-                return kept, False
-            for m in range(j, kept - 1):
-                best_ids[m], best[m] = best_ids[m + 1], best[m + 1]
-            return kept - 1, True
-    return kept, True
+def descend(
+    levels: I64,
+    parts: I64,
+    like: NDArray[Any],
+    x_ptr: I64,
+    x_idx: U32,
+    x_val: F32,
+    x_dense: F32,
+    where: U32,
+    ptr: I64,
+    ids: I64,
+    scores: F32,
+) -> Rows:
+    """The best nodes of the last of some levels for every document, from its nodes above the first.
+
+    Args:
+        levels: a row a level, columns `LEVEL`.
+        parts: a row a part, columns `PART`.
+        like: empty, of the type of the weights: float32, or uint16 for the bits of float16.
+        x_ptr: ``[n+1]``; with ``x_idx`` and ``x_val`` the sparse features.
+        x_dense: ``[n, d]``.
+        where: ``[D]`` zeros, left so; or empty.
+        ptr: ``[n+1]``; with ``ids``, ascending in a document, and ``scores`` the nodes to start from.
+    """
+    for t in range(levels.shape[0]):
+        level = levels[t]
+        outs, raw = _score_level(level, parts, like, x_ptr, x_idx, x_val, x_dense, where, ptr, ids)
+        child_ptr = carray(_pointer(level[0], np.int64), (_ENDLESS,))
+        labels = carray(_pointer(level[2], np.int64), (level[3],))
+        settings = (level[4], level[5], level[6], level[7])
+        ptr, ids, scores = keep_best(ptr, ids, scores, outs, child_ptr, raw, labels, settings)
+    return ptr, ids, scores
 
 
 @njit(cache=True, nogil=True)
-def _insert(best_ids: I64, best: F32, kept: int, k: int, label: int, score: np.float32) -> int:
-    """Put a label into a list sorted by score, then id; the last falls off a full list."""
-    j = kept if kept < k else k - 1
-    while j > 0 and (score > best[j - 1] or (score == best[j - 1] and label < best_ids[j - 1])):
-        best_ids[j], best[j] = best_ids[j - 1], best[j - 1]
-        j -= 1
-    best_ids[j], best[j] = label, score
-    return min(kept + 1, k)
+def step_to(
+    level: I64,
+    parts: I64,
+    like: NDArray[Any],
+    x_ptr: I64,
+    x_idx: U32,
+    x_val: F32,
+    x_dense: F32,
+    where: U32,
+    ptr: I64,
+    ids: I64,
+    scores: F32,
+    wanted_ptr: I64,
+    wanted: I64,
+) -> F32:
+    """Scores of given nodes of one level, whose parents are all among ``ids``; both ascending in a document."""
+    outs, raw = _score_level(level, parts, like, x_ptr, x_idx, x_val, x_dense, where, ptr, ids)
+    child_ptr = carray(_pointer(level[0], np.int64), (_ENDLESS,))
+    settings = (level[4], level[5], level[6], level[7])
+    return keep_given(ptr, ids, scores, outs, child_ptr, raw, settings, wanted_ptr, wanted)

@@ -27,10 +27,12 @@ from xmcdist.inference.steps import (
     Block,
     Rows,
     Step,
+    Tables,
     block_size,
     check_width,
     each,
     join_rows,
+    most_scores,
     root_rows,
     row_span,
     search_steps,
@@ -109,15 +111,16 @@ def _descend(
         copies: most nodes of the last level that stand for one label.
     """
     n = features.num_rows
-    docs = block_size(steps, 1, n, threads)
+    docs = block_size(most_scores(steps, 1), n, threads)
     starts = range(0, n, docs)
     blocks = {a: Block(features.rows(a, min(a + docs, n))) for a in starts}
     rows = root_rows(n, steps[0].post)
     for level, step in enumerate(steps, start=1):
         above = rows
+        tables = Tables.of([step])
 
-        def score(a: int, step: Step = step, above: Rows = above) -> Rows:
-            return blocks[a].step(step, row_span(above, a, min(a + docs, n)))
+        def score(a: int, tables: Tables = tables, above: Rows = above) -> Rows:
+            return blocks[a].descend(tables, row_span(above, a, min(a + docs, n)))
 
         found = join_rows(each(score, starts, threads)) if n else above
         if level < len(steps):

@@ -13,6 +13,7 @@ from numba import get_num_threads
 from numpy.typing import NDArray
 
 from xmcdist.inference import beam_kernels as kernels
+from xmcdist.inference import keep_kernels
 from xmcdist.inference.postprocess import PostProcessor
 from xmcdist.rankers.model import LinearTree
 from xmcdist.rankers.weights import LevelWeights
@@ -22,10 +23,12 @@ __all__ = [
     "Block",
     "Rows",
     "Step",
+    "Tables",
     "block_size",
     "check_width",
     "each",
     "join_rows",
+    "most_scores",
     "root_rows",
     "row_span",
     "search_steps",
@@ -40,11 +43,13 @@ T = TypeVar("T")
 _BLOCK_SCORES = 1 << 21  # most scores of a block: 8 MB a thread
 _BLOCK_DOCS = 2048
 _LEAST_DOCS = 64  # fewer are not worth a thread: a cluster's weights should serve many
-_KINDS = {"noop": kernels.NOOP, "sigmoid": kernels.SIGMOID, "hinge": kernels.HINGE}
+_FEW_DOCS = 16  # fewer are not worth a table of all features
+_KINDS = {"noop": keep_kernels.NOOP, "sigmoid": keep_kernels.SIGMOID, "hinge": keep_kernels.HINGE}
 _NO_IDS = np.zeros(0, np.int64)
+_LIKE = {"float32": np.zeros(0, np.float32), "float16": np.zeros(0, np.uint16)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """One level of a search: weights, the children of its clusters, and what is kept.
 
@@ -71,7 +76,9 @@ class Step:
         """
         if keep < 1:
             raise ValueError(f"beam and topk must be at least 1, not {keep}")
-        own = np.clip(child_ptr, level.first_node, level.first_node + level.num_nodes)
+        own = child_ptr
+        if level.num_nodes != child_ptr[-1]:
+            own = np.clip(child_ptr, level.first_node, level.first_node + level.num_nodes)
         return cls(level, np.ascontiguousarray(own, np.int64), post, min(keep, int(child_ptr[-1])), ids)
 
     def widest(self, beam: int) -> int:
@@ -80,57 +87,57 @@ class Step:
         return int(sizes.sum() if beam >= sizes.size else -np.partition(-sizes, beam)[:beam].sum())
 
 
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """Some levels of a search as the compiled loops want them."""
+
+    levels: I64  # [levels, 10], columns `beam_kernels.LEVEL`
+    parts: I64  # [parts, 13], columns `beam_kernels.PART`
+    like: NDArray[Any]  # empty, of the weights' type
+    steps: tuple[Step, ...]  # own the arrays whose addresses are in the tables
+
+    @classmethod
+    def of(cls, steps: Sequence[Step]) -> Tables:
+        """Tables of levels that follow each other."""
+        levels, parts = [], []
+        for step in steps:
+            first = len(parts)
+            for p in step.weights.parts:
+                arrays = (p.cluster_ptr, p.chunk_node, p.chunk_ptr, p.entry_start, p.entry_offset, p.feature)
+                arrays += (p.child, p.value, p.dense, p.bias)
+                parts.append([p.first_cluster, p.num_clusters, p.num_dense, *(a.ctypes.data for a in arrays)])
+            post, ids = step.post, step.ids
+            place = [step.child_ptr.ctypes.data, step.child_ptr.size - 1, ids.ctypes.data, ids.size]
+            kind = [step.keep, _KINDS[post.kind], post.power, int(post.log)]
+            levels.append([*place, *kind, first, len(parts)])
+        table = np.array(levels, np.int64).reshape(-1, len(kernels.LEVEL))
+        part_table = np.array(parts, np.int64).reshape(-1, len(kernels.PART))
+        return cls(table, part_table, _LIKE[steps[0].weights.dtype], tuple(steps))
+
+
 class Block:
     """Some documents on their way down."""
 
     def __init__(self, features: Features) -> None:
-        n = features.num_rows
-        X = features.sparse
+        n, X, dense = features.num_rows, features.sparse, features.dense
         if X is None:
-            X = sp.csr_matrix(np.zeros((n, 0), np.float32))
-        self.ptr = X.indptr.astype(np.uint64)
-        self.idx = _frozen(X.indices.view(np.uint32) if X.indices.dtype == np.int32 else X.indices.astype(np.uint32))
-        self.val = _frozen(X.data.astype(np.float32, copy=False))
-        dense = np.zeros((n, 0), np.float32) if features.dense is None else features.dense
-        self.dense = _frozen(np.asarray(dense, np.float32))
-        self.where = np.zeros(X.shape[1], np.uint32)
+            sparse = (np.zeros(n + 1, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.float32))
+        else:
+            words = X.indices.view(np.uint32) if X.indices.dtype == np.int32 else X.indices.astype(np.uint32)
+            sparse = (X.indptr.astype(np.int64), _frozen(words), _frozen(X.data))
+        rows = np.zeros((n, 0), np.float32) if dense is None else dense
+        self.x = (*sparse, _frozen(rows), np.zeros(0 if n < _FEW_DOCS else features.num_sparse, np.uint32))
 
-    def step(self, level: Step, rows: Rows) -> Rows:
-        """From the kept nodes of one level to those of the next."""
-        ptr, ids, scores = rows
-        sizes = level.child_ptr[ids + 1] - level.child_ptr[ids]
-        outs = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        docs = np.repeat(np.arange(ptr.size - 1), np.diff(ptr))
-        by_cluster = np.argsort(ids, kind="stable")
-        docs, clusters, places = docs[by_cluster], ids[by_cluster], outs[by_cluster]
-        raw = np.empty(outs[-1], np.float32)
-        for p in level.weights.parts:
-            kernels.score_pairs(
-                self.ptr,
-                self.idx,
-                self.val,
-                self.dense,
-                docs,
-                clusters,
-                places,
-                level.child_ptr,
-                p.first_cluster,
-                p.first_node,
-                _frozen(p.chunk_ptr.view(np.uint64)),
-                _frozen(p.feature),
-                _frozen(p.entry_ptr.view(np.uint64)),
-                _frozen(p.child),
-                _frozen(p.value),
-                _frozen(p.dense),
-                _frozen(p.bias),
-                self.where,
-                raw,
-            )
-        post = level.post
-        best: Rows = kernels.keep_best(
-            ptr, ids, scores, outs, level.child_ptr, raw, level.ids, level.keep, _KINDS[post.kind], post.power, post.log
-        )
+    def descend(self, tables: Tables, rows: Rows) -> Rows:
+        """From the kept nodes above the first of some levels to those of the last."""
+        best: Rows = kernels.descend(tables.levels, tables.parts, tables.like, *self.x, *rows)
         return best
+
+    def score(self, tables: Tables, rows: Rows, wanted_ptr: I64, wanted: I64) -> F32:
+        """Scores of given nodes of one level whose parents are all among the rows'."""
+        level = tables.levels[0]
+        scores: F32 = kernels.step_to(level, tables.parts, tables.like, *self.x, *rows, wanted_ptr, wanted)
+        return scores
 
 
 def search_steps(
@@ -175,16 +182,20 @@ def check_width(steps: Sequence[Step], features: Features) -> None:
             )
 
 
-def block_size(steps: Sequence[Step], start: int, docs: int, threads: int | None) -> int:
+def most_scores(steps: Sequence[Step], start: int) -> int:
+    """Most scores one document can need on a level, when it comes with ``start`` nodes."""
+    width = [start, *(step.keep for step in steps[:-1])]
+    return max(1, *(step.widest(w) for step, w in zip(steps, width, strict=True)))
+
+
+def block_size(most: int, docs: int, threads: int | None) -> int:
     """How many of ``docs`` documents one thread takes at a time.
 
     Args:
-        start: most nodes a document comes with.
+        most: as of `most_scores`.
     """
-    width = [start, *(step.keep for step in steps[:-1])]
-    most = max(step.widest(w) for step, w in zip(steps, width, strict=True))
     share = max(-(-docs // workers(threads)), _LEAST_DOCS)  # few documents: all threads, too
-    return max(min(_BLOCK_SCORES // max(most, 1), _BLOCK_DOCS, share), 1)
+    return max(min(_BLOCK_SCORES // most, _BLOCK_DOCS, share), 1)
 
 
 def workers(threads: int | None) -> int:
@@ -223,7 +234,11 @@ def join_rows(done: Sequence[Rows]) -> Rows:
 def to_csr(rows: Rows, columns: int) -> sp.csr_matrix:
     """Rows as a matrix; scores of exactly 0 stay stored."""
     ptr, ids, scores = rows
-    return sp.csr_matrix((scores, ids.astype(np.int32), ptr), shape=(ptr.size - 1, columns))
+    shape: Any = (ptr.size - 1, columns)
+    out = sp.csr_matrix(shape, dtype=np.float32)  # arrays are set one by one: checking them takes longer than a search
+    index = np.int32 if max(columns, ids.size) < 2**31 else np.int64
+    out.indptr, out.indices, out.data = ptr.astype(index), ids.astype(index), scores
+    return out
 
 
 def _frozen(a: NDArray[Any]) -> NDArray[Any]:

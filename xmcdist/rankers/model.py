@@ -1,7 +1,7 @@
 """A label tree with linear rankers on every level, and its folder on disk.
 
 ``model.json`` names the settings; ``tree/`` holds the tree; ``level-1/`` .. ``level-T/`` hold
-the weights, one folder per part (see `xmcdist.rankers.weights`).  ``model.json`` is written
+the weights, one file per part (see `xmcdist.rankers.weights`).  ``model.json`` is written
 last, so a folder without it is not a model.
 """
 
@@ -20,10 +20,10 @@ from xmcdist.trees.label_tree import LabelTree
 
 __all__ = ["LevelWeights", "LinearTree", "cluster_ranges", "estimate_costs", "node_ranges"]
 
-_VERSION = 1
+_VERSION = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearTree:
     """What a beam search needs.
 
@@ -61,6 +61,8 @@ class LinearTree:
                     f"level {t}: weights for {level.num_sparse} sparse and {level.num_dense} dense features, "
                     f"the model has {self.num_sparse} and {self.num_dense}"
                 )
+            if level.dtype != self.levels[0].dtype:
+                raise ValueError(f"level {t}: {level.dtype} weights, level 1 has {self.levels[0].dtype}")
 
     @property
     def is_whole(self) -> bool:
@@ -110,8 +112,14 @@ class LinearTree:
         os.replace(unfinished, folder / "model.json")
 
     @classmethod
-    def load(cls, folder: Path | str) -> LinearTree:
+    def load(cls, folder: Path | str, *, verify: bool = False) -> LinearTree:
         """Open a model; weights are memory-mapped, so this takes milliseconds whatever their size.
+
+        Sizes and types are checked always.
+
+        Args:
+            verify: also read every byte and compare with the checksums, as one does where a
+                model comes from elsewhere.  About a second for 2 GB.
 
         Raises:
             ValueError: a file is missing or damaged, or files do not belong together.
@@ -124,9 +132,9 @@ class LinearTree:
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{head}: not a linear tree model ({error!r}); train or copy it again") from error
         if version != _VERSION:
-            raise ValueError(f"{head}: version {version}, this program reads {_VERSION}; train again")
+            raise ValueError(f"{head}: version {version}, this program reads {_VERSION}; train it again")
         tree = LabelTree.load(folder / "tree")
-        levels = tuple(LevelWeights.load(folder / f"level-{t}") for t in range(1, depth + 1))
+        levels = tuple(LevelWeights.load(folder / f"level-{t}", verify=verify) for t in range(1, depth + 1))
         try:
             model = cls(tree=tree, levels=levels, **settings)
             if not model.is_whole:

@@ -1,19 +1,20 @@
-"""The weights of a range of a level's nodes, laid out for beam search, and their files.
+"""The weights of a range of a level's nodes, laid out for beam search, and their file.
 
-A beam search scores all children of a cluster at once.  So weights lie cluster after
-cluster; in a cluster feature after feature; and for each feature its (child, value)
-pairs.  A document touches one short run of memory for each word and cluster.  The idea
-is that of the chunked matrices of PECOS (Yu et al., arXiv:2010.05878).
+A beam search scores all children of a cluster at once.  So weights lie chunk after chunk,
+where a chunk is up to 256 neighbouring children of one cluster; in a chunk feature after
+feature; and for each feature its (child, value) pairs.  A document touches one short run
+of memory for each word and chunk.  A child is one byte; where a feature's pairs begin is
+two bytes, from a start that is kept for every 256th feature.  The idea is that of the
+chunked matrices of PECOS (Yu et al., arXiv:2010.05878).
 
-Letters: n nodes, C clusters (parents), D sparse features, d dense width.
+Letters: n nodes, C clusters (parents), B chunks, F (chunk, feature) entries, D sparse
+features, d dense width.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,157 +22,236 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-__all__ = ["WeightPart"]
+from xmcdist.rankers.part_file import read_arrays, write_arrays
 
-_ARRAYS: dict[str, tuple[type, int]] = {
-    "chunk_ptr": (np.int64, 1),
-    "feature": (np.uint32, 1),
-    "entry_ptr": (np.int64, 1),
-    "child": (np.uint32, 1),
-    "value": (np.float32, 1),
-    "dense": (np.float32, 2),
-    "bias": (np.float32, 1),
+__all__ = ["CHUNK", "Chunk", "WeightPart"]
+
+CHUNK = 256  # most children of a chunk: a child is one byte
+_STEP = 8  # log2 of how many entries share a start: 255 entries of 256 weights stay below 2**16
+
+I64 = NDArray[np.int64]
+Chunk = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]  # features, weights of each, child, value
+
+_ARRAYS: dict[str, tuple[str, ...]] = {
+    "cluster_ptr": ("int64",),
+    "chunk_node": ("int64",),
+    "chunk_ptr": ("int64",),
+    "entry_start": ("int64",),
+    "feature": ("uint32",),
+    "value": ("float32", "float16"),
+    "dense": ("float32", "float16"),
+    "bias": ("float32",),
+    "entry_offset": ("uint16",),
+    "child": ("uint8",),
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WeightPart:
-    """Weights of the nodes ``[first_node, first_node + n)`` of one level.
+    """Weights of adjoining nodes of one level.
 
-    Chunk c holds those children of cluster ``first_cluster + c`` that lie in the range.
-    Its features are ``feature[chunk_ptr[c]:chunk_ptr[c+1]]``, ascending; the weights of
-    the f-th entry of ``feature`` are ``child``/``value`` at ``entry_ptr[f]:entry_ptr[f+1]``,
-    children counted from the chunk's first.  Arrays may be memory-mapped, and views of those
-    of a larger part (`cut`).
+    The chunks of cluster ``first_cluster + c`` are ``cluster_ptr[c]:cluster_ptr[c+1]``.  Chunk
+    b holds nodes ``chunk_node[b]:chunk_node[b+1]`` and features ``feature[chunk_ptr[b]:
+    chunk_ptr[b+1]]``, ascending.  The weights of entry f begin at ``entry_start[f >> 8] +
+    entry_offset[f]`` of ``child``, counted from the chunk's first node, and ``value``, and end
+    where those of f + 1 begin.  The dense weights of chunk b are ``[d, nodes of b]``, flat, at
+    ``dense[(chunk_node[b] - chunk_node[0]) * d:]``; its bias terms at ``bias[chunk_node[b] -
+    chunk_node[0]:]``.
+
+    Arrays may be memory-mapped.  A part of a part (`cut`) has all arrays of the larger one and
+    a slice of ``cluster_ptr``.
 
     Attributes:
         first_cluster: of the C clusters.
-        first_node: of the n nodes.
         num_sparse: D.
-        chunk_ptr: ``[C+1]`` int64.
-        feature: uint32.
-        entry_ptr: int64, from any start: ``entry_ptr[f] - entry_ptr[0]`` is where the entry begins.
-        child: uint32.
-        value: float32.
-        dense: ``[n, d]`` float32, nothing dropped.
+        num_dense: d.
+        cluster_ptr: ``[C+1]`` int64.
+        chunk_node: ``[B+1]`` int64, numbered as in the level.
+        chunk_ptr: ``[B+1]`` int64.
+        entry_start: ``[F // 256 + 1]`` int64.
+        feature: ``[F]`` uint32.
+        value: float32 or float16.
+        dense: ``[n * d]``, of the type of ``value``; nothing dropped.
         bias: ``[n]`` float32, weight times value of the bias feature.
+        entry_offset: ``[F+1]`` uint16.
+        child: uint8.
     """
 
     first_cluster: int
-    first_node: int
     num_sparse: int
-    chunk_ptr: NDArray[np.int64]
+    num_dense: int
+    cluster_ptr: I64
+    chunk_node: I64
+    chunk_ptr: I64
+    entry_start: I64
     feature: NDArray[np.uint32]
-    entry_ptr: NDArray[np.int64]
-    child: NDArray[np.uint32]
-    value: NDArray[np.float32]
-    dense: NDArray[np.float32]
+    value: NDArray[Any]
+    dense: NDArray[Any]
     bias: NDArray[np.float32]
+    entry_offset: NDArray[np.uint16]
+    child: NDArray[np.uint8]
 
     def __post_init__(self) -> None:
-        for name, (dtype, ndim) in _ARRAYS.items():
+        for name, dtypes in _ARRAYS.items():
             array = getattr(self, name)
-            if array.dtype != dtype or array.ndim != ndim:
-                raise ValueError(f"{name}: {array.ndim}-d {array.dtype}, must be {ndim}-d {np.dtype(dtype)}")
-        for name, pointed in (("chunk_ptr", self.feature.size), ("entry_ptr", self.value.size)):
-            ptr = getattr(self, name)
-            if ptr.size == 0 or ptr[-1] - ptr[0] != pointed or (name == "chunk_ptr" and ptr[0] != 0):
-                raise ValueError(f"{name}: must point to {pointed} entries")
-        if self.entry_ptr.size != self.feature.size + 1:
-            raise ValueError(f"entry_ptr: {self.entry_ptr.size} entries for {self.feature.size} features")
-        if self.child.size != self.value.size:
-            raise ValueError(f"child: {self.child.size} entries for {self.value.size} weights")
-        if self.dense.shape[0] != self.bias.size:
-            raise ValueError(f"dense: {self.dense.shape[0]} rows for {self.bias.size} nodes")
+            if array.dtype.name not in dtypes or array.ndim != 1:
+                raise ValueError(f"{name}: {array.ndim}-d {array.dtype}, must be 1-d {' or '.join(dtypes)}")
+        chunks, entries = self.chunk_ptr.size - 1, self.feature.size
+        nodes = int(self.chunk_node[-1] - self.chunk_node[0]) if self.chunk_node.size else -1
+        weights = int(self.entry_start[-1]) + int(self.entry_offset[-1]) if self.entry_offset.size else -1
+        for name, size, must in (
+            ("chunk_node", self.chunk_node.size, chunks + 1),
+            ("cluster_ptr", self.cluster_ptr[-1] <= chunks if self.cluster_ptr.size else False, True),
+            ("feature", entries, int(self.chunk_ptr[-1]) if chunks >= 0 else -1),
+            ("entry_offset", self.entry_offset.size, entries + 1),
+            ("entry_start", self.entry_start.size, (entries >> _STEP) + 1),
+            ("child", self.child.size, weights),
+            ("value", self.value.size, weights),
+            ("bias", self.bias.size, nodes),
+            ("dense", self.dense.size, nodes * self.num_dense),
+        ):
+            if size != must:
+                raise ValueError(f"{name}: does not fit the other arrays ({size} for {must})")
+        if self.dense.dtype != self.value.dtype:
+            raise ValueError(f"dense: {self.dense.dtype}, the sparse weights are {self.value.dtype}")
+
+    @property
+    def first_node(self) -> int:
+        return int(self.chunk_node[self.cluster_ptr[0]])
 
     @property
     def num_nodes(self) -> int:
-        return int(self.bias.size)
+        return int(self.chunk_node[self.cluster_ptr[-1]]) - self.first_node
 
     @property
     def num_clusters(self) -> int:
-        return int(self.chunk_ptr.size - 1)
+        return int(self.cluster_ptr.size - 1)
 
     @property
-    def num_dense(self) -> int:
-        return int(self.dense.shape[1])
+    def nnz(self) -> int:
+        """Stored sparse weights."""
+        first, last = self._starts(self.chunk_ptr[self.cluster_ptr[[0, -1]]])
+        return int(last - first)
 
-    def sparse_rows(self, child_ptr: NDArray[np.int64]) -> sp.csr_matrix:
-        """The sparse weights node by node, ``[n, D]`` CSR float32.
+    @property
+    def dtype(self) -> str:
+        """Of the weights: float32 or float16."""
+        return str(self.value.dtype.name)
 
-        Args:
-            child_ptr: ``[K+1]`` of this level in the tree.
-        """
-        per_chunk = np.diff(self.entry_ptr[self.chunk_ptr])
-        clusters = np.arange(self.first_cluster, self.first_cluster + self.num_clusters)
-        starts = np.maximum(child_ptr[clusters], self.first_node) - self.first_node
-        rows = np.repeat(starts, per_chunk) + self.child
-        columns = np.repeat(self.feature, np.diff(self.entry_ptr))
-        out = sp.csr_matrix((self.value, (rows, columns)), shape=(self.num_nodes, self.num_sparse), dtype=np.float32)
+    @property
+    def _is_whole(self) -> bool:
+        """Whether it is no part of a part."""
+        return bool(self.cluster_ptr[0] == 0 and self.cluster_ptr[-1] == self.chunk_ptr.size - 1)
+
+    def _starts(self, entries: NDArray[Any]) -> I64:
+        """Where the weights of some entries begin."""
+        starts: I64 = self.entry_start[entries >> _STEP] + self.entry_offset[entries]
+        return starts
+
+    def cluster_weights(self) -> I64:
+        """Stored sparse weights of each cluster, ``[C]``."""
+        return np.diff(self._starts(self.chunk_ptr[self.cluster_ptr]))
+
+    def _entries(self) -> tuple[I64, NDArray[np.uint32], I64]:
+        """Of every stored weight the node, the feature, and its place in ``child`` and ``value``."""
+        lo, hi = self.cluster_ptr[[0, -1]]
+        starts = self._starts(np.arange(self.chunk_ptr[lo], self.chunk_ptr[hi] + 1))
+        per_chunk = np.diff(starts[self.chunk_ptr[lo : hi + 1] - self.chunk_ptr[lo]])
+        places = np.arange(starts[0], starts[-1])
+        nodes = np.repeat(self.chunk_node[lo:hi], per_chunk) + self.child[starts[0] : starts[-1]]
+        features = np.repeat(self.feature[self.chunk_ptr[lo] : self.chunk_ptr[hi]], np.diff(starts))
+        return nodes, features, places
+
+    def sparse_rows(self) -> sp.csr_matrix:
+        """The sparse weights node by node, ``[n, D]`` CSR float32."""
+        nodes, features, places = self._entries()
+        values = self.value[places].astype(np.float32)
+        shape = (self.num_nodes, self.num_sparse)
+        out = sp.csr_matrix((values, (nodes - self.first_node, features)), shape=shape, dtype=np.float32)
         out.sort_indices()
         return out
 
-    def chunk_weights(self) -> NDArray[np.int64]:
-        """Stored sparse weights of each chunk, ``[C]``."""
-        return np.diff(self.entry_ptr[self.chunk_ptr])
+    def dense_rows(self) -> NDArray[np.float32]:
+        """The dense weights node by node, ``[n, d]`` float32."""
+        lo, hi = self.cluster_ptr[[0, -1]]
+        out = np.empty((self.num_nodes, self.num_dense), np.float32)
+        nodes = self.chunk_node[lo : hi + 1]
+        for a, b in pairwise(nodes):
+            flat = self.dense[(a - self.chunk_node[0]) * self.num_dense : (b - self.chunk_node[0]) * self.num_dense]
+            out[a - nodes[0] : b - nodes[0]] = flat.reshape(self.num_dense, b - a).T
+        return out
 
-    def cut(self, start: int, stop: int, child_ptr: NDArray[np.int64]) -> tuple[WeightPart, ...]:
+    def bias_rows(self) -> NDArray[np.float32]:
+        """The bias terms, ``[n]`` float32, a view."""
+        start = self.first_node - int(self.chunk_node[0])
+        return self.bias[start : start + self.num_nodes]
+
+    def astype(self, dtype: str) -> WeightPart:
+        """The same with weights of another type.
+
+        Args:
+            dtype: float32 or float16.
+
+        Raises:
+            ValueError: a weight is too large for it.
+        """
+        if dtype == self.dtype:
+            return self
+        with np.errstate(over="ignore"):
+            value, dense = self.value.astype(dtype), self.dense.astype(dtype)
+        if not (np.isfinite(value).all() and np.isfinite(dense).all()):
+            raise ValueError(f"a weight is beyond {np.finfo(dtype).max}, the largest {dtype}: keep float32")
+        return replace(self, value=value, dense=dense)
+
+    def cut(self, start: int, stop: int, child_ptr: I64) -> tuple[WeightPart, ...]:
         """Those of the nodes ``[start, stop)`` that lie in this part, as none to three adjoining parts.
 
-        Whole clusters are views, so that of a memory-mapped part nothing is read but one
-        pointer a cluster.  A cluster that is cut gets a copy of its weights in the range.
+        Whole clusters are views, so that of a memory-mapped part nothing is read but a few
+        pointers.  A cluster that is cut gets a copy of its weights in the range.
 
         Args:
             child_ptr: ``[K+1]`` of this level in the tree.
         """
-        start, stop = max(start, self.first_node), min(stop, self.first_node + self.num_nodes)
+        own = (self.first_node, self.first_node + self.num_nodes)
+        start, stop = max(start, own[0]), min(stop, own[1])
         if start >= stop:
             return ()
         first, last = _clusters_of(child_ptr, start, stop)
-        edges = np.clip(child_ptr[first : last + 1], self.first_node, self.first_node + self.num_nodes)
+        edges = np.clip(child_ptr[first : last + 1], *own)
         low, high = first + int(start > edges[0]), last - int(stop < edges[-1])  # clusters that stay whole
         runs = [(first, low), (low, high), (high, last)] if low <= high else [(first, last)]
-        return tuple(
-            self._clusters(a, b, max(start, int(edges[a - first])), min(stop, int(edges[b - first])), child_ptr)
-            for a, b in runs
-            if a < b
-        )
+        pieces = []
+        for a, b in runs:
+            if a == b:
+                continue
+            piece = replace(self, first_cluster=a, cluster_ptr=self.cluster_ptr[a - self.first_cluster :][: b - a + 1])
+            end = piece.first_node + piece.num_nodes
+            whole = piece.first_node >= start and end <= stop
+            pieces.append(piece if whole else piece._copy(max(start, piece.first_node), min(stop, end)))
+        return tuple(pieces)
 
-    def _clusters(self, a: int, b: int, start: int, stop: int, child_ptr: NDArray[np.int64]) -> WeightPart:
-        """Nodes ``[start, stop)``, which are the clusters ``[a, b)`` of this part or a piece of one of them."""
-        chunk_ptr = self.chunk_ptr[a - self.first_cluster : b - self.first_cluster + 1]
-        feature = self.feature[chunk_ptr[0] : chunk_ptr[-1]]
-        entry_ptr = self.entry_ptr[chunk_ptr[0] : chunk_ptr[-1] + 1]
-        begin, end = entry_ptr[[0, -1]] - self.entry_ptr[0]
-        child, value = self.child[begin:end], self.value[begin:end]
-        origin = max(int(child_ptr[a]), self.first_node)
-        if start != origin or stop < min(int(child_ptr[b]), self.first_node + self.num_nodes):
-            kept = (child >= start - origin) & (child < stop - origin)
-            counts = np.diff(np.concatenate([[0], np.cumsum(kept)])[entry_ptr - entry_ptr[0]])
-            feature = feature[counts > 0]
-            entry_ptr = np.concatenate([[0], np.cumsum(counts[counts > 0])]).astype(np.int64)
-            child, value = (child[kept] - np.uint32(start - origin)).astype(np.uint32), value[kept]
-            chunk_ptr = np.array([0, feature.size], np.int64)
-        nodes = slice(start - self.first_node, stop - self.first_node)
-        return WeightPart(
-            first_cluster=a,
-            first_node=start,
-            num_sparse=self.num_sparse,
-            chunk_ptr=chunk_ptr - chunk_ptr[0],
-            feature=feature,
-            entry_ptr=entry_ptr,
-            child=child,
-            value=value,
-            dense=self.dense[nodes],
-            bias=self.bias[nodes],
+    def _copy(self, start: int, stop: int) -> WeightPart:
+        """The nodes ``[start, stop)`` of this part with arrays of their own."""
+        nodes, features, places = self._entries()
+        kept = (nodes >= start) & (nodes < stop)
+        rows = slice(start - self.first_node, stop - self.first_node)
+        return _from_triples(
+            nodes[kept],
+            features[kept],
+            self.value[places[kept]],
+            np.clip(self.chunk_node[self.cluster_ptr], start, stop),
+            self.dense_rows()[rows],
+            np.array(self.bias_rows()[rows]),
+            self.first_cluster,
+            self.num_sparse,
         )
 
     @classmethod
-    def empty(cls, node: int, child_ptr: NDArray[np.int64], num_sparse: int, num_dense: int) -> WeightPart:
+    def empty(cls, node: int, child_ptr: I64, num_sparse: int, num_dense: int, dtype: str = "float32") -> WeightPart:
         """No nodes, before ``node``: what a rank holds of a level with fewer nodes than ranks."""
         none = np.zeros(0, np.float32)
         part = cls.from_rows(None, np.zeros((0, num_dense), np.float32), none, child_ptr, node)
-        return replace(part, num_sparse=num_sparse)
+        return replace(part, num_sparse=num_sparse).astype(dtype)
 
     @classmethod
     def from_rows(
@@ -179,7 +259,7 @@ class WeightPart:
         sparse: sp.csr_matrix | None,
         dense: NDArray[np.float32] | None,
         bias: NDArray[np.float32],
-        child_ptr: NDArray[np.int64],
+        child_ptr: I64,
         first_node: int = 0,
     ) -> WeightPart:
         """Weights given node by node, as another program may have made them.
@@ -196,76 +276,194 @@ class WeightPart:
         """
         n = bias.size
         rows = sp.coo_matrix(np.zeros((n, 0), np.float32)) if sparse is None else sparse.tocoo()
-        matrix = np.zeros((n, 0), np.float32) if dense is None else np.ascontiguousarray(dense, np.float32)
+        matrix = np.zeros((n, 0), np.float32) if dense is None else dense
         if rows.shape[0] != n or first_node + n > child_ptr[-1]:
             raise ValueError(f"{rows.shape[0]} sparse rows, {n} bias terms, {child_ptr[-1]} nodes in the level")
+        if matrix.shape[0] != n:
+            raise ValueError(f"{matrix.shape[0]} dense rows for {n} nodes")
         first, last = _clusters_of(child_ptr, first_node, first_node + n)
+        bounds = np.clip(child_ptr[first : last + 1], first_node, first_node + n)
         node = rows.row.astype(np.int64) + first_node
-        cluster = np.searchsorted(child_ptr, node, side="right") - 1
-        order = np.lexsort((node, rows.col, cluster))
-        node, cluster, column = node[order], cluster[order], rows.col[order].astype(np.int64)
-        new = np.ones(node.size, bool)
-        new[1:] = (np.diff(cluster) != 0) | (np.diff(column) != 0)
-        starts = np.flatnonzero(new)
-        return cls(
-            first_cluster=first,
-            first_node=first_node,
-            num_sparse=rows.shape[1],
-            chunk_ptr=np.searchsorted(cluster[starts], np.arange(first, last + 1)).astype(np.int64),
-            feature=column[starts].astype(np.uint32),
-            entry_ptr=np.append(starts, node.size).astype(np.int64),
-            child=(node - np.maximum(child_ptr[cluster], first_node)).astype(np.uint32),
-            value=rows.data[order].astype(np.float32),
-            dense=matrix,
-            bias=np.ascontiguousarray(bias, np.float32),
+        return _from_triples(
+            node,
+            rows.col,
+            rows.data.astype(np.float32),
+            bounds,
+            matrix,
+            np.ascontiguousarray(bias, np.float32),
+            first,
+            rows.shape[1],
         )
 
-    def save(self, folder: Path) -> None:
-        """Write the folder; it appears whole or not at all."""
-        unfinished = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        for name in _ARRAYS:
-            array = np.asarray(getattr(self, name))
-            np.save(unfinished / f"{name}.npy", array - array[0] if name == "entry_ptr" else array, allow_pickle=False)
-        scalars = {k: int(getattr(self, k)) for k in ("first_cluster", "first_node", "num_sparse")}
-        (unfinished / "part.json").write_text(json.dumps(scalars))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(unfinished, folder)
+    @classmethod
+    def from_chunks(
+        cls,
+        chunks: list[Chunk],
+        bounds: NDArray[np.int64],
+        dense: NDArray[np.float32],
+        bias: NDArray[np.float32],
+        first_cluster: int,
+        num_sparse: int,
+    ) -> WeightPart:
+        """Weights solved cluster by cluster.
+
+        Args:
+            chunks: one for every cluster, in order: its features ``[f]`` ascending, how many
+                weights each has ``[f]``, and of every weight the child, counted from the
+                cluster's first here and ascending in a feature, and the value.  The list is
+                emptied.
+            bounds: ``[C+1]`` where the children of each cluster begin, cut to the nodes at hand.
+            dense: ``[n, d]`` float32.
+            bias: ``[n]`` float32, already times the value of the bias feature.
+            first_cluster: of the C clusters.
+            num_sparse: D.
+
+        Memory: the result and, array by array, the chunks.
+        """
+        edges, cluster_ptr = _chunk_starts(bounds)
+        pieces: list[Chunk] = []
+        for c, chunk in enumerate(chunks):
+            pieces += _split(chunk, int(cluster_ptr[c + 1] - cluster_ptr[c]))
+        chunks.clear()
+        empty: Chunk = (np.zeros(0, np.uint32), np.zeros(0, np.uint16), np.zeros(0, np.uint8), np.zeros(0, np.float32))
+        sizes = np.array([0, *(p[0].size for p in pieces)], np.int64)
+        fields = [list(x) for x in zip(empty, *pieces, strict=True)]
+        pieces.clear()
+        joined: list[NDArray[Any]] = []
+        while fields:  # one after the other, each freed before the next is copied
+            joined.append(np.concatenate(fields.pop(0)))
+        feature, counts, child, value = joined
+        start, offset = _pointers(counts)
+        return cls(
+            first_cluster=first_cluster,
+            num_sparse=num_sparse,
+            num_dense=int(dense.shape[1]),
+            cluster_ptr=cluster_ptr,
+            chunk_node=edges,
+            chunk_ptr=np.cumsum(sizes),
+            entry_start=start,
+            feature=feature,
+            value=value,
+            dense=_by_chunk(dense.astype(np.float32, copy=False), edges),
+            bias=np.ascontiguousarray(bias, np.float32),
+            entry_offset=offset,
+            child=child,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the file; it appears whole or not at all."""
+        part = self if self._is_whole else self._copy(self.first_node, self.first_node + self.num_nodes)
+        scalars = {k: int(getattr(part, k)) for k in ("first_cluster", "num_sparse", "num_dense")}
+        write_arrays(path, {name: getattr(part, name) for name in _ARRAYS}, scalars)
 
     @classmethod
-    def load(cls, folder: Path) -> WeightPart:
-        """Open the folder, memory-mapped.
+    def load(cls, path: Path, *, verify: bool = False) -> WeightPart:
+        """Open the file, memory-mapped.
+
+        Args:
+            verify: also read all of it and compare with its checksums.
 
         Raises:
-            ValueError: a file is missing, damaged, or does not fit the others.
+            ValueError: the file is missing, damaged, or its arrays do not fit each other.
         """
-        arrays: dict[str, Any] = {name: _open(folder / f"{name}.npy") for name in _ARRAYS}
-        meta = folder / "part.json"
+        arrays, scalars = read_arrays(path, tuple(_ARRAYS), verify=verify)
         try:
-            scalars: dict[str, Any] = {k: int(v) for k, v in json.loads(meta.read_text()).items()}
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{meta}: damaged ({error}); train this level again") from error
-        try:
-            return cls(**scalars, **arrays)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{folder}: damaged ({error}); train this level again") from error
+            part = cls(**scalars, **arrays)
+            if not part._is_whole:
+                raise ValueError("cluster_ptr: does not point to all chunks")
+            return part
+        except (TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"{path}: damaged ({error}); train this level again") from error
 
 
-def _clusters_of(child_ptr: NDArray[np.int64], start: int, stop: int) -> tuple[int, int]:
+def _from_triples(
+    node: I64,
+    feature: NDArray[Any],
+    value: NDArray[Any],
+    bounds: I64,
+    dense: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    first_cluster: int,
+    num_sparse: int,
+) -> WeightPart:
+    """A part from (node, feature, value) in any order; ``bounds`` as in `WeightPart.from_chunks`."""
+    edges, cluster_ptr = _chunk_starts(bounds)
+    chunk = np.searchsorted(edges, node, side="right") - 1
+    order = np.lexsort((node, feature, chunk))
+    node, chunk, feature = node[order], chunk[order], feature[order]
+    new = np.ones(node.size, bool)
+    new[1:] = (np.diff(chunk) != 0) | (feature[1:] != feature[:-1])
+    firsts = np.flatnonzero(new)
+    start, offset = _pointers(np.diff(np.append(firsts, node.size)))
+    return WeightPart(
+        first_cluster=first_cluster,
+        num_sparse=num_sparse,
+        num_dense=int(dense.shape[1]),
+        cluster_ptr=cluster_ptr,
+        chunk_node=edges,
+        chunk_ptr=np.searchsorted(chunk[firsts], np.arange(edges.size)).astype(np.int64),
+        entry_start=start,
+        feature=feature[firsts].astype(np.uint32),
+        value=value[order],
+        dense=_by_chunk(dense.astype(value.dtype, copy=False), edges),
+        bias=bias,
+        entry_offset=offset,
+        child=(node - edges[chunk]).astype(np.uint8),
+    )
+
+
+def _chunk_starts(bounds: I64) -> tuple[I64, I64]:
+    """First nodes of the chunks, with the end, ``[B+1]``; chunks of each cluster, ``[C+1]``.
+
+    Args:
+        bounds: ``[C+1]`` where the nodes of each cluster begin, with the end; or ``[1]``: none.
+    """
+    chunks = -(-np.diff(bounds) // CHUNK)
+    cluster_ptr = np.concatenate([[0], np.cumsum(chunks)]).astype(np.int64)
+    place = np.arange(cluster_ptr[-1]) - np.repeat(cluster_ptr[:-1], chunks)
+    return np.append(np.repeat(bounds[:-1], chunks) + place * CHUNK, bounds[-1]).astype(np.int64), cluster_ptr
+
+
+def _split(chunk: Chunk, parts: int) -> list[Chunk]:
+    """The weights of one cluster as chunks of at most 256 children."""
+    feature, counts, child, value = chunk
+    if parts == 1:
+        return [(feature.astype(np.uint32, copy=False), counts.astype(np.uint16), child.astype(np.uint8), value)]
+    entry = np.repeat(np.arange(feature.size), counts)
+    out: list[Chunk] = []
+    for k in range(parts):
+        kept = child // CHUNK == k
+        found = np.bincount(entry[kept], minlength=feature.size)
+        some = found > 0
+        own = (child[kept] % CHUNK).astype(np.uint8)
+        out.append((feature[some].astype(np.uint32), found[some].astype(np.uint16), own, value[kept]))
+    return out
+
+
+def _pointers(counts: NDArray[Any]) -> tuple[I64, NDArray[np.uint16]]:
+    """Where the weights of each entry begin, and where the last end: ``entry_start``, ``entry_offset``."""
+    starts = np.zeros(counts.size + 1, np.int64)
+    np.cumsum(counts, out=starts[1:])
+    shared = np.ascontiguousarray(starts[:: 1 << _STEP])
+    offsets = starts - np.repeat(shared, 1 << _STEP)[: starts.size]
+    return shared, offsets.astype(np.uint16)
+
+
+def _by_chunk(dense: NDArray[Any], edges: I64) -> NDArray[Any]:
+    """Rows ``[n, d]`` as one ``[d, nodes]`` matrix a chunk, flat."""
+    if dense.shape[1] == 0:
+        return np.zeros(0, dense.dtype)
+    out = np.empty(dense.size, dense.dtype)
+    width = dense.shape[1]
+    for a, b in pairwise(edges - edges[0]):
+        out[a * width : b * width] = dense[a:b].T.ravel()
+    return out
+
+
+def _clusters_of(child_ptr: I64, start: int, stop: int) -> tuple[int, int]:
     """Half-open range of the clusters that have a child in ``[start, stop)``; empty for no nodes."""
     if start >= stop:
         first = int(np.searchsorted(child_ptr, start, side="left"))
         return first, first
     first = int(np.searchsorted(child_ptr, start, side="right")) - 1
     return first, int(np.searchsorted(child_ptr, stop, side="left"))
-
-
-def _open(path: Path) -> NDArray[Any]:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: damaged ({error}); train this level again") from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path}: not an array file; train this level again")
-    return array.view(np.ndarray)

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from xmcdist.rankers import kernels
 from xmcdist.rankers.columns import frozen, member_columns, positive_columns
-from xmcdist.rankers.part import WeightPart
+from xmcdist.rankers.part import Chunk, WeightPart
 from xmcdist.rankers.partition import level_costs
 from xmcdist.rankers.weights import LevelWeights
 from xmcdist.sparse.features import Features
@@ -111,7 +111,7 @@ def solve_level(
     start, stop = _node_range(features, Y_t, M, child_ptr, clusters, nodes)
     problem = _Problem(features, Y_t, M, child_ptr, params, relevance, (start, stop))
     workers = max(threads or get_num_threads(), 1)
-    chunks: dict[int, tuple[NDArray[Any], ...]] = {}
+    chunks: dict[int, Chunk] = {}
     with _executor(workers) as submit:
         wide, narrow = problem.schedule(workers)
         for p in wide:  # too large for one thread: its nodes are spread over all of them
@@ -256,13 +256,13 @@ class _Problem:
         )
         return solved
 
-    def solve_cluster(self, c: int) -> tuple[NDArray[Any], ...]:
+    def solve_cluster(self, c: int) -> Chunk:
         """One cluster on the calling thread: its chunk of the level's weights."""
         local = self._gather(c)
         start, stop = self.bounds[c : c + 2]
         return self._chunk([self._solve(local, start, stop)], local.columns, start, stop)
 
-    def solve_wide(self, c: int, submit: Callable[..., Callable[[], Any]], workers: int) -> tuple[NDArray[Any], ...]:
+    def solve_wide(self, c: int, submit: Callable[..., Callable[[], Any]], workers: int) -> Chunk:
         """One cluster with its nodes spread over all threads."""
         local = self._gather(c)
         start, stop = self.bounds[c : c + 2]
@@ -270,9 +270,7 @@ class _Problem:
         results = [submit(self._solve, local, a, b) for a, b in pairwise(cuts)]
         return self._chunk([result() for result in results], local.columns, start, stop)
 
-    def _chunk(
-        self, solved: Sequence[Weights], columns: NDArray[np.int64], start: int, stop: int
-    ) -> tuple[NDArray[Any], ...]:
+    def _chunk(self, solved: Sequence[Weights], columns: NDArray[np.int64], start: int, stop: int) -> Chunk:
         """Keep the dense weights of one cluster's nodes, and give (feature, weights per feature, child, value)."""
         counts, ranks, values, dense, bias = (np.concatenate(x) for x in zip(*solved, strict=True))
         nodes = slice(start - self.nodes[0], stop - self.nodes[0])
@@ -280,28 +278,9 @@ class _Problem:
         present, per_feature, child, value = kernels.feature_major(counts, ranks, values, columns.size)
         return columns[present].astype(np.uint32), per_feature, child, value
 
-    def assemble(self, chunks: list[tuple[NDArray[Any], ...]]) -> LevelWeights:
+    def assemble(self, chunks: list[Chunk]) -> LevelWeights:
         """All chunks, in cluster order, as one level; the list is emptied."""
-        empty = (np.zeros(0, np.uint32), np.zeros(0, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.float32))
-        sizes = [0, *(c[0].size for c in chunks)]
-        fields = [list(x) for x in zip(empty, *chunks, strict=True)]
-        chunks.clear()
-        joined = []
-        while fields:  # one after the other, each freed before the next is copied
-            joined.append(np.concatenate(fields.pop(0)))
-        feature, per_feature, child, value = joined
-        part = WeightPart(
-            first_cluster=self.first,
-            first_node=self.nodes[0],
-            num_sparse=self.num_sparse,
-            chunk_ptr=np.cumsum(sizes, dtype=np.int64),
-            feature=feature,
-            entry_ptr=np.concatenate([[0], np.cumsum(per_feature)]).astype(np.int64),
-            child=child,
-            value=value,
-            dense=self.out_dense,
-            bias=self.out_bias,
-        )
+        part = WeightPart.from_chunks(chunks, self.bounds, self.out_dense, self.out_bias, self.first, self.num_sparse)
         return LevelWeights((part,))
 
 

@@ -1,6 +1,6 @@
 """The weights of one tree level, as one or several parts.
 
-Each rank writes the contiguous range of nodes it solved as one part, a folder of its own;
+Each rank writes the contiguous range of nodes it solved as one part, a file of its own;
 readers take the parts as they are, memory-mapped.  Nothing is ever merged on disk.
 """
 
@@ -25,7 +25,7 @@ class LevelWeights:
     """Weights of the nodes ``[first_node, first_node + n)`` of a level: adjoining parts, in node order.
 
     Raises:
-        ValueError: there are no parts, they do not adjoin, or they differ in width.
+        ValueError: there are no parts, they do not adjoin, or they differ in width or type.
     """
 
     parts: tuple[WeightPart, ...]
@@ -42,6 +42,8 @@ class LevelWeights:
                     f"parts for {before.num_sparse}+{before.num_dense} and for "
                     f"{after.num_sparse}+{after.num_dense} features"
                 )
+            if after.dtype != before.dtype:
+                raise ValueError(f"parts of {before.dtype} and of {after.dtype} weights")
 
     @property
     def first_node(self) -> int:
@@ -62,21 +64,24 @@ class LevelWeights:
     @property
     def nnz(self) -> int:
         """Stored sparse weights."""
-        return sum(int(p.value.size) for p in self.parts)
+        return sum(p.nnz for p in self.parts)
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights: float32 or float16."""
+        return self.parts[0].dtype
+
+    def astype(self, dtype: str) -> LevelWeights:
+        """The same with weights of another type; see `WeightPart.astype`."""
+        return LevelWeights(tuple(p.astype(dtype) for p in self.parts))
 
     def dense_rows(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Dense weights ``[n, d]`` and bias terms ``[n]``: the head a matcher starts from."""
-        if len(self.parts) == 1:
-            return self.parts[0].dense, self.parts[0].bias
-        return np.concatenate([p.dense for p in self.parts]), np.concatenate([p.bias for p in self.parts])
+        return np.concatenate([p.dense_rows() for p in self.parts]), np.concatenate([p.bias_rows() for p in self.parts])
 
-    def sparse_rows(self, child_ptr: NDArray[np.int64]) -> sp.csr_matrix:
-        """Sparse weights node by node, ``[n, D]`` CSR float32.
-
-        Args:
-            child_ptr: ``[K+1]`` of this level in the tree.
-        """
-        return sp.csr_matrix(sp.vstack([p.sparse_rows(child_ptr) for p in self.parts], format="csr"))
+    def sparse_rows(self) -> sp.csr_matrix:
+        """Sparse weights node by node, ``[n, D]`` CSR float32."""
+        return sp.csr_matrix(sp.vstack([p.sparse_rows() for p in self.parts], format="csr"))
 
     @classmethod
     def from_rows(
@@ -104,13 +109,13 @@ class LevelWeights:
         children = np.diff(np.clip(child_ptr, self.first_node, self.first_node + self.num_nodes))
         stored = children * (self.num_dense + 1)
         for p in self.parts:
-            stored[p.first_cluster : p.first_cluster + p.num_clusters] += p.chunk_weights()
+            stored[p.first_cluster : p.first_cluster + p.num_clusters] += p.cluster_weights()
         return stored.astype(np.float64)
 
     def cut(self, start: int, stop: int, child_ptr: NDArray[np.int64]) -> LevelWeights:
         """The nodes ``[start, stop)`` alone, views as far as possible; see `WeightPart.cut`."""
         parts = tuple(piece for p in self.parts for piece in p.cut(start, stop, child_ptr))
-        return LevelWeights(parts or (WeightPart.empty(start, child_ptr, self.num_sparse, self.num_dense),))
+        return LevelWeights(parts or (WeightPart.empty(start, child_ptr, self.num_sparse, self.num_dense, self.dtype),))
 
     def save(self, folder: Path | str, part: int = 0, parts: int = 1) -> None:
         """Write this range as one part of a level; any rank may do so for its own.
@@ -130,18 +135,21 @@ class LevelWeights:
             weights.save(Path(folder) / name)
 
     @classmethod
-    def load(cls, folder: Path | str) -> LevelWeights:
+    def load(cls, folder: Path | str, *, verify: bool = False) -> LevelWeights:
         """All parts of a level, memory-mapped.
 
+        Args:
+            verify: read all of them and compare with their checksums.
+
         Raises:
-            ValueError: a part or file is missing or damaged, or parts of different runs are mixed.
+            ValueError: a part is missing or damaged, or parts of different runs are mixed.
         """
         folder = Path(folder)
         found = sorted(p.name for p in folder.glob("part-*-of-*"))
-        count = re.search(r"of-(\d+)$", found[0]) if found else None
+        count = re.search(r"of-(\d+)\.safetensors$", found[0]) if found else None
         if count is None or found != [_name(i, int(count[1])) for i in range(int(count[1]))]:
             raise ValueError(f"{folder}: holds {found or 'no parts'}, not all parts of one level; train it again")
-        parts = tuple(WeightPart.load(folder / name) for name in found)
+        parts = tuple(WeightPart.load(folder / name, verify=verify) for name in found)
         try:
             return cls(parts)
         except ValueError as error:
@@ -149,4 +157,4 @@ class LevelWeights:
 
 
 def _name(part: int, parts: int) -> str:
-    return f"part-{part:05d}-of-{parts:05d}"
+    return f"part-{part:05d}-of-{parts:05d}.safetensors"
