@@ -11,9 +11,10 @@ padding label exists and no label is owned twice or by nobody.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # linear models take ranges too, and do without torch
+    from torch import Tensor
 
 __all__ = ["LabelShard", "row_range"]
 
@@ -68,4 +69,6 @@ class LabelShard:
 
     def owner_of(self, labels: Tensor) -> Tensor:
         """The rank that owns each global label id; same shape, int64."""
+        import torch
+
         return torch.div(labels.to(torch.int64), self.widest, rounding_mode="floor")

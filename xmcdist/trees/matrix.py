@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from xmcdist.sparse.features import Features
 
-__all__ = ["U32", "Matrix", "join_csr"]
+__all__ = ["U32", "Matrix", "frozen", "join_csr"]
 
 I64 = NDArray[np.int64]
 U32 = NDArray[np.uint32]
@@ -38,9 +38,7 @@ class Matrix:
         A = features.sparse if features.sparse is not None else sp.csr_matrix(np.zeros((n, 0), dtype=np.float32))
         dense = features.dense if features.dense is not None else np.zeros((n, 0), dtype=np.float32)
         columns = A.indices.view(np.uint32) if A.indices.dtype == np.int32 else A.indices.astype(np.uint32)
-        return cls(
-            _frozen(A.indptr.astype(np.int64)), _frozen(columns), _frozen(A.data), _frozen(dense), int(A.shape[1])
-        )
+        return cls(frozen(A.indptr.astype(np.int64)), frozen(columns), frozen(A.data), frozen(dense), int(A.shape[1]))
 
 
 def join_csr(parts: list[tuple[I64, U32, F32]], num_cols: int) -> sp.csr_matrix:
@@ -60,7 +58,8 @@ def join_csr(parts: list[tuple[I64, U32, F32]], num_cols: int) -> sp.csr_matrix:
     return out
 
 
-def _frozen(array: np.ndarray) -> np.ndarray:
+def frozen(array: np.ndarray) -> np.ndarray:
+    """A view that cannot be written through."""
     view = np.ascontiguousarray(array).view(np.ndarray)
     view = view[...]
     view.flags.writeable = False
