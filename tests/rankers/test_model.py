@@ -208,26 +208,31 @@ def test_chunks_of_a_solver_become_the_part_that_rows_become() -> None:
                 np.concatenate([np.zeros(0, np.float32), *(W[start + rows, f] for f, rows in columns)]),
             )
         )
-    made = WeightPart.from_chunks(chunks, child_ptr, E, b, 0, 30)
+    made = WeightPart.from_chunks(chunks, child_ptr, E.copy(), b, 0, 30)
+    assert chunks == []
     given = WeightPart.from_rows(csr(W), E, b, child_ptr)
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(made, name), getattr(given, name), err_msg=name)
         assert getattr(made, name).dtype == getattr(given, name).dtype
 
 
-def test_half_of_the_bytes_a_weight(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "sparse"), [("float16", np.float16), ("mixed", np.float32)])
+def test_half_of_the_bytes_a_weight(tmp_path: Path, dtype: str, sparse: type) -> None:
     m = model(2)
-    half = replace(m, levels=[level.astype("float16") for level in m.levels])
+    half = replace(m, levels=[level.astype(dtype) for level in m.levels])
     half.save(tmp_path)
     back = LinearTree.load(tmp_path, verify=True)
     for a, b in zip(m.levels, back.levels, strict=True):
-        assert b.dtype == "float16"
-        np.testing.assert_array_equal(b.sparse_rows().toarray(), a.sparse_rows().toarray().astype(np.float16))
+        assert b.dtype == dtype
+        np.testing.assert_array_equal(b.sparse_rows().toarray(), a.sparse_rows().toarray().astype(sparse))
         np.testing.assert_array_equal(b.dense_rows()[0], a.dense_rows()[0].astype(np.float16))
         np.testing.assert_array_equal(b.dense_rows()[1], a.dense_rows()[1])  # bias terms keep their precision
         for start, stop in ((0, 2), (1, 3)):
-            assert b.cut(start, stop, np.array([0, b.num_nodes])).dtype == "float16"
-    with pytest.raises(ValueError, match="level 2: float16 weights, level 1 has float32"):
+            piece = b.cut(start, stop, np.array([0, b.num_nodes]))
+            assert piece.dtype == dtype
+            np.testing.assert_array_equal(piece.sparse_rows().toarray(), b.sparse_rows().toarray()[start:stop])
+            np.testing.assert_array_equal(piece.dense_rows()[0], b.dense_rows()[0][start:stop])
+    with pytest.raises(ValueError, match=f"level 2: {dtype} weights, level 1 has float32"):
         replace(m, levels=[m.levels[0], half.levels[1]])
     large = LevelWeights.from_rows(csr(np.full((4, 1), 1e6)), None, np.zeros(4, np.float32), np.array([0, 4]))
     with pytest.raises(ValueError, match="keep float32"):

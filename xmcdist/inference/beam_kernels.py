@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
@@ -47,6 +48,23 @@ def _pointer(typing: Any, address: Any, like: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return signature, code
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _prefetch(typing: Any, array: Any, place: Any) -> Any:
+    """Ask for an array's value at a place: it will be read soon."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        byte = ir.IntType(8).as_pointer()
+        number = ir.IntType(32)
+        ask = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], ask)
+        for_reading = [ir.Constant(number, k) for k in (0, 3, 1)]
+        builder.call(function, [builder.bitcast(builder.gep(data, [args[1]]), byte), *for_reading])
+        return context.get_dummy_value()
+
+    return types.void(array, types.uint64), code
 
 
 def _wide(weight):  # type: ignore[no-untyped-def]
@@ -101,30 +119,41 @@ def _add_words(
     entry_offset: NDArray[np.uint16],
     child: NDArray[np.uint8],
     value: NDArray[Any],
+    places: U32,
     scores: F32,
     out: int,
 ) -> None:
     """Add a document's words ``[begin, end)`` to its outputs for a chunk of features ``[lo, hi)``, found by halving.
 
-    The halvings are equally many for every word and none depends on another word's, so the
-    processor works on several words at a time.
+    All words are halved in step: none waits for another's memory.
     """
     one, eight = np.uint64(1), np.uint64(8)
+    first_word, num_words = np.uint64(begin), np.uint64(end - begin)
     if lo == hi:
         return
-    for e in range(np.uint64(begin), np.uint64(end)):
-        f = words[e]
-        at, left = lo, hi - lo
-        while left > one:
-            half = left >> one
-            at += half * np.uint64(feature[at + half - one] < f)
-            left -= half
-        if feature[at] != f:
+    for e in range(num_words):
+        places[e] = 0
+    left = hi - lo
+    while left > one:
+        half = left >> one
+        before = lo + half - one
+        for e in range(num_words):
+            places[e] += half * np.uint64(feature[before + np.uint64(places[e])] < words[first_word + e])
+        left -= half
+    for e in range(num_words):
+        at = lo + np.uint64(places[e])
+        if feature[at] == words[first_word + e]:
+            first = np.uint64(entry_start[at >> eight]) + np.uint64(entry_offset[at])
+            _prefetch(child, first)
+            _prefetch(value, first)
+    for e in range(num_words):
+        at = lo + np.uint64(places[e])
+        if feature[at] != words[first_word + e]:
             continue
         first = np.uint64(entry_start[at >> eight]) + np.uint64(entry_offset[at])
         last = np.uint64(entry_start[(at + one) >> eight]) + np.uint64(entry_offset[at + one])
         for w in range(first, last):
-            scores[np.uint64(out) + np.uint64(child[w])] += weights[e] * _wide(value[w])
+            scores[np.uint64(out) + np.uint64(child[w])] += weights[first_word + e] * _wide(value[w])
 
 
 @njit(cache=True, nogil=True)
@@ -153,6 +182,7 @@ def _score_part(
     part: I64,
     child_ptr: I64,
     like: NDArray[Any],
+    like_dense: NDArray[Any],
     x_ptr: I64,
     x_idx: U32,
     x_val: F32,
@@ -161,6 +191,7 @@ def _score_part(
     clusters: I64,
     outs: I64,
     where: U32,
+    most_words: int,
     scores: F32,
 ) -> None:
     """Outputs of the pairs' children that lie in one part; see `_score_level`."""
@@ -173,9 +204,10 @@ def _score_part(
     feature = carray(_pointer(part[8], np.uint32), (_ENDLESS,))
     child = carray(_pointer(part[9], np.uint8), (_ENDLESS,))
     value = carray(_pointer(part[10], like), (_ENDLESS,))
-    dense = carray(_pointer(part[11], like), (_ENDLESS,))
+    dense = carray(_pointer(part[11], like_dense), (_ENDLESS,))
     bias = carray(_pointer(part[12], np.float32), (_ENDLESS,))
     one, eight = np.uint64(1), np.uint64(8)
+    places = np.empty(most_words, np.uint32)
     k = np.searchsorted(clusters, first_cluster)
     while k < clusters.size and clusters[k] < first_cluster + num_clusters:
         p = clusters[k]
@@ -220,6 +252,7 @@ def _score_part(
                         entry_offset,
                         child,
                         value,
+                        places,
                         scores,
                         out,
                     )
@@ -259,6 +292,7 @@ def _score_level(
     level: I64,
     parts: I64,
     like: NDArray[Any],
+    like_dense: NDArray[Any],
     x_ptr: I64,
     x_idx: U32,
     x_val: F32,
@@ -278,9 +312,27 @@ def _score_level(
     for r in range(ids.size):
         outs[r + 1] = outs[r] + child_ptr[ids[r] + 1] - child_ptr[ids[r]]
     scores = np.empty(outs[-1], np.float32)
-    docs, clusters, places = _by_cluster(ptr, ids, outs[:-1], level[1])
+    docs, clusters, starts = _by_cluster(ptr, ids, outs[:-1], level[1])
+    most_words = 0
+    for i in range(x_ptr.size - 1):
+        most_words = max(most_words, x_ptr[i + 1] - x_ptr[i])
     for s in range(level[8], level[9]):
-        _score_part(parts[s], child_ptr, like, x_ptr, x_idx, x_val, x_dense, docs, clusters, places, where, scores)
+        _score_part(
+            parts[s],
+            child_ptr,
+            like,
+            like_dense,
+            x_ptr,
+            x_idx,
+            x_val,
+            x_dense,
+            docs,
+            clusters,
+            starts,
+            where,
+            most_words,
+            scores,
+        )
     return outs, scores
 
 
@@ -289,6 +341,7 @@ def descend(
     levels: I64,
     parts: I64,
     like: NDArray[Any],
+    like_dense: NDArray[Any],
     x_ptr: I64,
     x_idx: U32,
     x_val: F32,
@@ -303,7 +356,8 @@ def descend(
     Args:
         levels: a row a level, columns `LEVEL`.
         parts: a row a part, columns `PART`.
-        like: empty, of the type of the weights: float32, or uint16 for the bits of float16.
+        like: empty, of the type of the sparse weights: float32, or uint16 for the bits of float16.
+        like_dense: the same of the dense weights.
         x_ptr: ``[n+1]``; with ``x_idx`` and ``x_val`` the sparse features.
         x_dense: ``[n, d]``.
         where: ``[D]`` zeros, left so; or empty.
@@ -311,7 +365,7 @@ def descend(
     """
     for t in range(levels.shape[0]):
         level = levels[t]
-        outs, raw = _score_level(level, parts, like, x_ptr, x_idx, x_val, x_dense, where, ptr, ids)
+        outs, raw = _score_level(level, parts, like, like_dense, x_ptr, x_idx, x_val, x_dense, where, ptr, ids)
         child_ptr = carray(_pointer(level[0], np.int64), (_ENDLESS,))
         labels = carray(_pointer(level[2], np.int64), (level[3],))
         settings = (level[4], level[5], level[6], level[7])
@@ -324,6 +378,7 @@ def step_to(
     level: I64,
     parts: I64,
     like: NDArray[Any],
+    like_dense: NDArray[Any],
     x_ptr: I64,
     x_idx: U32,
     x_val: F32,
@@ -336,7 +391,7 @@ def step_to(
     wanted: I64,
 ) -> F32:
     """Scores of given nodes of one level, whose parents are all among ``ids``; both ascending in a document."""
-    outs, raw = _score_level(level, parts, like, x_ptr, x_idx, x_val, x_dense, where, ptr, ids)
+    outs, raw = _score_level(level, parts, like, like_dense, x_ptr, x_idx, x_val, x_dense, where, ptr, ids)
     child_ptr = carray(_pointer(level[0], np.int64), (_ENDLESS,))
     settings = (level[4], level[5], level[6], level[7])
     return keep_given(ptr, ids, scores, outs, child_ptr, raw, settings, wanted_ptr, wanted)

@@ -46,7 +46,8 @@ _LEAST_DOCS = 64  # fewer are not worth a thread: a cluster's weights should ser
 _FEW_DOCS = 16  # fewer are not worth a table of all features
 _KINDS = {"noop": keep_kernels.NOOP, "sigmoid": keep_kernels.SIGMOID, "hinge": keep_kernels.HINGE}
 _NO_IDS = np.zeros(0, np.int64)
-_LIKE = {"float32": np.zeros(0, np.float32), "float16": np.zeros(0, np.uint16)}
+_WHOLE, _HALF = np.zeros(0, np.float32), np.zeros(0, np.uint16)
+_LIKE = {"float32": (_WHOLE, _WHOLE), "mixed": (_WHOLE, _HALF), "float16": (_HALF, _HALF)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +94,7 @@ class Tables:
 
     levels: I64  # [levels, 10], columns `beam_kernels.LEVEL`
     parts: I64  # [parts, 13], columns `beam_kernels.PART`
-    like: NDArray[Any]  # empty, of the weights' type
+    like: tuple[NDArray[Any], NDArray[Any]]  # empty, of the types of sparse and dense weights
     steps: tuple[Step, ...]  # own the arrays whose addresses are in the tables
 
     @classmethod
@@ -130,13 +131,13 @@ class Block:
 
     def descend(self, tables: Tables, rows: Rows) -> Rows:
         """From the kept nodes above the first of some levels to those of the last."""
-        best: Rows = kernels.descend(tables.levels, tables.parts, tables.like, *self.x, *rows)
+        best: Rows = kernels.descend(tables.levels, tables.parts, *tables.like, *self.x, *rows)
         return best
 
     def score(self, tables: Tables, rows: Rows, wanted_ptr: I64, wanted: I64) -> F32:
         """Scores of given nodes of one level whose parents are all among the rows'."""
         level = tables.levels[0]
-        scores: F32 = kernels.step_to(level, tables.parts, tables.like, *self.x, *rows, wanted_ptr, wanted)
+        scores: F32 = kernels.step_to(level, tables.parts, *tables.like, *self.x, *rows, wanted_ptr, wanted)
         return scores
 
 

@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 
 from xmcdist.rankers.part_file import read_arrays, write_arrays
 
-__all__ = ["CHUNK", "Chunk", "WeightPart"]
+__all__ = ["CHUNK", "DTYPES", "Chunk", "WeightPart"]
 
 CHUNK = 256  # most children of a chunk: a child is one byte
+DTYPES = {"float32": ("float32", "float32"), "mixed": ("float32", "float16"), "float16": ("float16", "float16")}
 _STEP = 8  # log2 of how many entries share a start: 255 entries of 256 weights stay below 2**16
 
 I64 = NDArray[np.int64]
@@ -71,7 +72,7 @@ class WeightPart:
         entry_start: ``[F // 256 + 1]`` int64.
         feature: ``[F]`` uint32.
         value: float32 or float16.
-        dense: ``[n * d]``, of the type of ``value``; nothing dropped.
+        dense: ``[n * d]`` float32 or float16; nothing dropped.
         bias: ``[n]`` float32, weight times value of the bias feature.
         entry_offset: ``[F+1]`` uint16.
         child: uint8.
@@ -112,7 +113,7 @@ class WeightPart:
         ):
             if size != must:
                 raise ValueError(f"{name}: does not fit the other arrays ({size} for {must})")
-        if self.dense.dtype != self.value.dtype:
+        if (self.value.dtype.name, self.dense.dtype.name) not in DTYPES.values():
             raise ValueError(f"dense: {self.dense.dtype}, the sparse weights are {self.value.dtype}")
 
     @property
@@ -135,8 +136,8 @@ class WeightPart:
 
     @property
     def dtype(self) -> str:
-        """Of the weights: float32 or float16."""
-        return str(self.value.dtype.name)
+        """Of the weights, a key of `DTYPES`."""
+        return {types: name for name, types in DTYPES.items()}[self.value.dtype.name, self.dense.dtype.name]
 
     @property
     def _is_whole(self) -> bool:
@@ -190,7 +191,7 @@ class WeightPart:
         """The same with weights of another type.
 
         Args:
-            dtype: float32 or float16.
+            dtype: a key of `DTYPES`.
 
         Raises:
             ValueError: a weight is too large for it.
@@ -198,9 +199,9 @@ class WeightPart:
         if dtype == self.dtype:
             return self
         with np.errstate(over="ignore"):
-            value, dense = self.value.astype(dtype), self.dense.astype(dtype)
+            value, dense = (a.astype(t) for a, t in zip((self.value, self.dense), DTYPES[dtype], strict=True))
         if not (np.isfinite(value).all() and np.isfinite(dense).all()):
-            raise ValueError(f"a weight is beyond {np.finfo(dtype).max}, the largest {dtype}: keep float32")
+            raise ValueError(f"a weight is beyond {np.finfo(np.float16).max}, the largest float16: keep float32")
         return replace(self, value=value, dense=dense)
 
     def cut(self, start: int, stop: int, child_ptr: I64) -> tuple[WeightPart, ...]:
@@ -238,13 +239,13 @@ class WeightPart:
         return _from_triples(
             nodes[kept],
             features[kept],
-            self.value[places[kept]],
+            self.value[places[kept]].astype(np.float32),
             np.clip(self.chunk_node[self.cluster_ptr], start, stop),
             self.dense_rows()[rows],
             np.array(self.bias_rows()[rows]),
             self.first_cluster,
             self.num_sparse,
-        )
+        ).astype(self.dtype)
 
     @classmethod
     def empty(cls, node: int, child_ptr: I64, num_sparse: int, num_dense: int, dtype: str = "float32") -> WeightPart:
@@ -313,7 +314,7 @@ class WeightPart:
                 cluster's first here and ascending in a feature, and the value.  The list is
                 emptied.
             bounds: ``[C+1]`` where the children of each cluster begin, cut to the nodes at hand.
-            dense: ``[n, d]`` float32.
+            dense: ``[n, d]`` float32, contiguous; its memory becomes the part's.
             bias: ``[n]`` float32, already times the value of the bias feature.
             first_cluster: of the C clusters.
             num_sparse: D.
@@ -344,7 +345,7 @@ class WeightPart:
             entry_start=start,
             feature=feature,
             value=value,
-            dense=_by_chunk(dense.astype(np.float32, copy=False), edges),
+            dense=_by_chunk(np.ascontiguousarray(dense, np.float32), edges),
             bias=np.ascontiguousarray(bias, np.float32),
             entry_offset=offset,
             child=child,
@@ -405,7 +406,7 @@ def _from_triples(
         entry_start=start,
         feature=feature[firsts].astype(np.uint32),
         value=value[order],
-        dense=_by_chunk(dense.astype(value.dtype, copy=False), edges),
+        dense=_by_chunk(np.array(dense, np.float32, order="C"), edges),
         bias=bias,
         entry_offset=offset,
         child=(node - edges[chunk]).astype(np.uint8),
@@ -450,14 +451,11 @@ def _pointers(counts: NDArray[Any]) -> tuple[I64, NDArray[np.uint16]]:
 
 
 def _by_chunk(dense: NDArray[Any], edges: I64) -> NDArray[Any]:
-    """Rows ``[n, d]`` as one ``[d, nodes]`` matrix a chunk, flat."""
-    if dense.shape[1] == 0:
-        return np.zeros(0, dense.dtype)
-    out = np.empty(dense.size, dense.dtype)
-    width = dense.shape[1]
+    """Rows ``[n, d]`` as one ``[d, nodes]`` matrix a chunk, flat; in their place, which they lose."""
+    flat, width = dense.reshape(-1), dense.shape[1]
     for a, b in pairwise(edges - edges[0]):
-        out[a * width : b * width] = dense[a:b].T.ravel()
-    return out
+        flat[a * width : b * width] = dense[a:b].T.ravel()  # a copy, except of one row or column
+    return flat
 
 
 def _clusters_of(child_ptr: I64, start: int, stop: int) -> tuple[int, int]:

@@ -68,7 +68,7 @@ class LevelWeights:
 
     @property
     def dtype(self) -> str:
-        """Of the weights: float32 or float16."""
+        """Of the weights, a key of `xmcdist.rankers.part.DTYPES`."""
         return self.parts[0].dtype
 
     def astype(self, dtype: str) -> LevelWeights:
