@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -199,6 +200,55 @@ def test_what_does_not_fit_is_refused() -> None:
         beam_search(model, documents(), beam=2, topk=0)
     with pytest.raises(ValueError, match="parent_scores"):
         predict_level(model.levels[0], documents(), sp.csr_matrix((DOCS, 2), dtype=np.float32), PTR[0], 2, "noop")
+
+
+@pytest.mark.parametrize("width", [1, 7, 100])
+def test_outputs_do_not_depend_on_how_wide_the_clusters_here_are(width: int) -> None:
+    """Loops over children are cut for vector units; where a child falls must change no bit."""
+    rng = np.random.default_rng(2)
+    ptr, d = np.array([0, width]), 37
+    W, E = sp.csr_matrix(rng.normal(size=(width, 9)).astype(np.float32)), rng.normal(size=(width, d)).astype(np.float32)
+    x = Features(sp.csr_matrix(rng.random((20, 9)).astype(np.float32)), rng.normal(size=(20, d)).astype(np.float32))
+    tree = LabelTree([ptr], np.arange(width), width)
+    bias = rng.normal(size=width).astype(np.float32)
+    whole = LinearTree(tree, [LevelWeights.from_rows(W, E, bias, ptr)], 9, d)
+    cuts = range(width + 1)  # every child is a part of its own
+    single = [LevelWeights.from_rows(W[a:b], E[a:b], bias[a:b], ptr, a) for a, b in pairwise(cuts)]
+    alone = LinearTree(tree, [LevelWeights.concat(single)], 9, d)
+    args = {"beam": 1, "topk": width, "post_processor": "noop"}
+    want = beam_search(whole, x, **args)
+    assert want.nnz == 20 * width
+    np.testing.assert_array_equal(beam_search(alone, x, **args).data, want.data)
+    exact = x.sparse.astype(np.float64) @ W.T.astype(np.float64) + x.dense.astype(np.float64) @ E.T + bias  # type: ignore[union-attr]
+    np.testing.assert_allclose(want.toarray(), np.asarray(exact), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("mixed", 2e-3), ("float16", 2e-3)])
+def test_half_precision_weights_score_as_rounded_ones(dtype: str, rtol: float) -> None:
+    model, _ = make()
+    half = replace(model, levels=[level.astype(dtype) for level in model.levels])
+    rounded = []
+    for level, ptr in zip(half.levels, PTR, strict=True):
+        dense, bias = level.dense_rows()
+        rounded.append(LevelWeights.from_rows(level.sparse_rows(), dense, bias, ptr))
+    want = beam_search(replace(model, levels=rounded), documents(), beam=50, topk=50, post_processor="noop")
+    got = beam_search(half, documents(), beam=50, topk=50, post_processor="noop")
+    np.testing.assert_array_equal(got.data, want.data)  # the same numbers in fewer bytes
+    full = beam_search(model, documents(), beam=50, topk=50, post_processor="noop")
+    np.testing.assert_allclose(got.toarray(), full.toarray(), rtol=rtol, atol=1e-2)
+    assert (got != full).nnz
+
+
+def test_the_smallest_half_precision_numbers_are_read() -> None:
+    bits = np.arange(0x7C00, dtype=np.uint16)  # zero, the denormal and all other finite ones
+    values = np.concatenate([bits, bits | 0x8000]).view(np.float16).astype(np.float32)
+    ptr = np.array([0, values.size])
+    sparse = sp.csr_matrix(values[:, None])
+    level = LevelWeights.from_rows(sparse, None, np.zeros(values.size, np.float32), ptr).astype("float16")
+    model = LinearTree(LabelTree([ptr], np.arange(values.size), values.size), [level], 1, 0)
+    one = Features(sp.csr_matrix(np.ones((1, 1), np.float32)), None)
+    got = beam_search(model, one, beam=1, topk=values.size, post_processor="noop")
+    np.testing.assert_array_equal(got.toarray()[0], values)
 
 
 def test_no_documents_is_an_answer() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from xmcdist.inference.keep_kernels import keep_best, keep_given
@@ -67,22 +67,21 @@ def _prefetch(typing: Any, array: Any, place: Any) -> Any:
     return types.void(array, types.uint64), code
 
 
-def _wide(weight):  # type: ignore[no-untyped-def]
+@intrinsic  # type: ignore[untyped-decorator]
+def _wide(typing: Any, weight: Any) -> Any:
     """A stored weight as float32; float16 comes as the whole number of its bits."""
-    raise NotImplementedError
 
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if weight == types.float32:
+            return args[0]
+        number, real = ir.IntType(32), ir.FloatType()
+        bits = builder.zext(args[0], number)
+        size = builder.shl(builder.and_(bits, number(0x7FFF)), number(13))
+        sign = builder.shl(builder.and_(bits, number(0x8000)), number(16))
+        scaled = builder.fmul(builder.bitcast(size, real), real(2.0**112))  # exponents count from 127, not 15
+        return builder.bitcast(builder.or_(builder.bitcast(scaled, number), sign), real)
 
-@overload(_wide, inline="always")  # type: ignore[untyped-decorator]
-def _wide_typed(weight):  # type: ignore[no-untyped-def]
-    if isinstance(weight, types.Float):
-        return lambda weight: weight
-
-    def from_half(weight):  # type: ignore[no-untyped-def]
-        bits = np.uint32(weight)
-        size = ((bits & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32) * np.float32(2.0**112)
-        return (size.view(np.uint32) | ((bits & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
-
-    return from_half
+    return types.float32(weight), code
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})

@@ -1,0 +1,142 @@
+"""Scores of given labels of every document, without a beam: what PECOS calls selected outputs.
+
+A label's score is that of its path from the root, all of whose clusters are scored, however
+poorly they do; of a label in several clusters it is that of the best path.  So the labels a
+beam search finds have the scores it gives them, bit for bit.
+
+Letters: N documents, L labels, S slots (nodes of the last level), K_t nodes of level t.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from xmcdist.inference.steps import (
+    Block,
+    Tables,
+    check_width,
+    each,
+    root_rows,
+    search_steps,
+    workers,
+)
+from xmcdist.rankers.model import LinearTree
+from xmcdist.sparse.csr import row_slice
+from xmcdist.sparse.features import Features
+from xmcdist.trees.label_tree import LabelTree
+
+__all__ = ["score_selected"]
+
+I64 = NDArray[np.int64]
+Ragged = tuple[I64, I64]  # indptr, ids ascending in a row
+
+_BLOCK_SCORES = 1 << 21
+_BLOCK_DOCS = 2048
+
+
+def score_selected(
+    model: LinearTree,
+    features: Features,
+    selected: sp.csr_matrix,
+    *,
+    post_processor: str | None = None,
+    last_post_processor: str | None = None,
+    threads: int | None = None,
+) -> sp.csr_matrix:
+    """Scores of the stored labels of every document.
+
+    Args:
+        model: tree and rankers of all levels.
+        features: of N documents.
+        selected: ``[N, L]``; its stored entries, whatever their values, are scored.
+        post_processor: with ``last_post_processor`` and ``threads`` as of `beam_search`.
+
+    Returns:
+        ``[N, L]`` CSR float32 with the entries of ``selected``, labels ascending in a row.
+
+    Raises:
+        ValueError: features, selected labels or settings do not fit the model.
+
+    Cost: of a document and level, as a beam search whose beam holds the clusters above its
+    labels.
+    """
+    tree = model.tree
+    if not model.is_whole or len(model.levels) != tree.depth:
+        raise ValueError("only a whole model scores given labels, this is a part of one")
+    steps = search_steps(model, 1, 1, post_processor, last_post_processor, None)
+    check_width(steps, features)
+    if selected.shape != (features.num_rows, tree.num_labels):
+        raise ValueError(f"selected is {selected.shape}, must be {(features.num_rows, tree.num_labels)}")
+    tables = [Tables.of([step]) for step in steps]
+    root = root_rows(1, steps[0].post)[2][0]
+    slots = _slots(model)
+    n = features.num_rows
+    widest = max(int(np.diff(ptr).max(initial=1)) for ptr in tree.child_ptr)
+    paths = max(int(np.diff(selected.indptr).max(initial=1)), 1) * int(np.diff(slots[0]).max(initial=1))
+    docs = max(1, min(_BLOCK_DOCS, _BLOCK_SCORES // (widest * paths), -(-n // workers(threads))))
+
+    def run(a: int) -> sp.csr_matrix:
+        b = min(a + docs, n)
+        wanted = row_slice(selected, a, b).copy()
+        wanted.sum_duplicates()
+        levels = _paths(tree, (wanted.indptr.astype(np.int64), wanted.indices.astype(np.int64)), slots)
+        block = Block(features.rows(a, b))
+        scores = np.full(b - a, root, np.float32)
+        for table, above, (ptr, ids) in zip(tables, levels, levels[1:], strict=False):
+            scores = block.score(table, (*above, scores), ptr, ids)
+        wanted.data = _best_of_slots(wanted, levels[-1], scores, tree)
+        return wanted
+
+    done = each(run, range(0, n, docs), threads)
+    return sp.csr_matrix(sp.vstack(done, format="csr")) if done else sp.csr_matrix(selected.shape, dtype=np.float32)
+
+
+_SLOTS: WeakKeyDictionary[LinearTree, Ragged] = WeakKeyDictionary()
+
+
+def _slots(model: LinearTree) -> Ragged:
+    """Slots of every label, made once a model: indptr ``[L+1]``, slots."""
+    if model not in _SLOTS:
+        counts = np.bincount(model.tree.labels, minlength=model.tree.num_labels)
+        _SLOTS[model] = np.concatenate([[0], np.cumsum(counts)]), np.argsort(model.tree.labels, kind="stable")
+    return _SLOTS[model]
+
+
+def _paths(tree: LabelTree, wanted: Ragged, slots: Ragged) -> list[Ragged]:
+    """Nodes of every level on the paths to each document's labels, the root's level first."""
+    ptr, labels = wanted
+    docs = np.repeat(np.arange(ptr.size - 1), np.diff(ptr))
+    counts = np.diff(slots[0])[labels]
+    begins = np.repeat(slots[0][labels] - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
+    docs, nodes = _unique(np.repeat(docs, counts), slots[1][begins + np.arange(counts.sum())])
+    levels = []
+    for child_ptr in reversed(tree.child_ptr):
+        levels.append((np.searchsorted(docs, np.arange(ptr.size)).astype(np.int64), nodes))
+        docs, nodes = _unique(docs, np.searchsorted(child_ptr, nodes, side="right").astype(np.int64) - 1)
+    every = np.arange(ptr.size, dtype=np.int64)  # documents without labels start at the root as well
+    return [(every, np.zeros(ptr.size - 1, np.int64)), *reversed(levels)]
+
+
+def _unique(docs: I64, nodes: I64) -> tuple[I64, I64]:
+    """Pairs by document, then node, each once."""
+    order = np.lexsort((nodes, docs))
+    docs, nodes = docs[order], nodes[order]
+    new = np.ones(docs.size, bool)
+    new[1:] = (np.diff(docs) != 0) | (np.diff(nodes) != 0)
+    return docs[new], nodes[new]
+
+
+def _best_of_slots(
+    wanted: sp.csr_matrix, leaves: Ragged, scores: NDArray[np.float32], tree: LabelTree
+) -> NDArray[np.float32]:
+    """Of each stored label of ``wanted`` the largest score of its slots."""
+    docs = np.repeat(np.arange(leaves[0].size - 1), np.diff(leaves[0]))
+    keys = docs * tree.num_labels + tree.labels[leaves[1]]
+    rows = np.repeat(np.arange(wanted.shape[0]), np.diff(wanted.indptr))
+    best = np.full(wanted.nnz, -np.inf, np.float32)
+    np.maximum.at(best, np.searchsorted(rows * tree.num_labels + wanted.indices, keys), scores)
+    return best
