@@ -11,11 +11,13 @@ COMMANDS = {
     "train": "train a classifier; the same command goes on after an interruption",
     "predict": "labels for the lines of a file",
     "evaluate": "P@k, nDCG@k, R@k, PSP@k of a model on a test split",
+    "calibrate": "probabilities beside a model's scores, fitted on held-out documents",
+    "import-pecos": "convert a PECOS XR-Linear model",
     "tree": "look at the label tree of a run",
     "env": "versions and devices, to paste into a bug report",
 }
 USAGE = "usage: python -m xmcdist COMMAND [key=value ...]\n\n" + "\n".join(
-    f"  {name:10s} {what}" for name, what in COMMANDS.items()
+    f"  {name:13s} {what}" for name, what in COMMANDS.items()
 )
 
 
@@ -35,7 +37,7 @@ def main() -> None:
         hint = f"; did you mean {close[0]}?" if close else ""
         sys.exit(f"xmcdist: no command {command!r}{hint}\n\n{USAGE}")
     sys.argv = [f"xmcdist {command}", *sys.argv[2:]]
-    importlib.import_module(f"xmcdist.cli.{command}").main()
+    importlib.import_module(f"xmcdist.cli.{command.replace('-', '_')}").main()
 
 
 if __name__ == "__main__":

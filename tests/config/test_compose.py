@@ -97,6 +97,7 @@ def test_every_setting_is_read_somewhere() -> None:
         if path.parent.name != "config":
             used |= {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
     groups = [type(getattr(schema.RunConfig(), f.name)) for f in fields(schema.RunConfig)]
-    groups += [schema.PredictConfig, schema.EvaluateConfig, schema.TreeShowConfig]
+    groups += [schema.PredictConfig, schema.EvaluateConfig, schema.CalibrateConfig, schema.ImportPecosConfig]
+    groups += [schema.TreeShowConfig]
     unused = [f"{g.__name__}.{f.name}" for g in groups if is_dataclass(g) for f in fields(g) if f.name not in used]
     assert not unused

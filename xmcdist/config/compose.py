@@ -68,6 +68,8 @@ def register() -> None:
     store.store(name="run_schema", node=schema.RunConfig)
     store.store(name="predict_schema", node=schema.PredictConfig)
     store.store(name="evaluate_schema", node=schema.EvaluateConfig)
+    store.store(name="calibrate_schema", node=schema.CalibrateConfig)
+    store.store(name="import_pecos_schema", node=schema.ImportPecosConfig)
     store.store(name="tree_schema", node=schema.TreeShowConfig)
     for name, node in _GROUPS.items():
         if is_dataclass(node):
@@ -81,7 +83,7 @@ def compose_run(overrides: list[str], *, config_name: str = "train", world_size:
 
     Args:
         overrides: Hydra overrides, ``["encoder=none", "seed=1"]``.
-        config_name: primary config: train, predict, evaluate or tree.
+        config_name: primary config: train, predict, evaluate, calibrate, import_pecos or tree_show.
         world_size: ranks of the job, for the checks of batches.
 
     Raises:
@@ -146,6 +148,8 @@ def _all_keys(config_name: str) -> list[str]:
         "train": schema.RunConfig,
         "predict": schema.PredictConfig,
         "evaluate": schema.EvaluateConfig,
+        "calibrate": schema.CalibrateConfig,
+        "import_pecos": schema.ImportPecosConfig,
         "tree_show": schema.TreeShowConfig,
     }
 

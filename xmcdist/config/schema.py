@@ -8,8 +8,10 @@ between settings is checked in `xmcdist.config.compose`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = [
+    "CalibrateConfig",
     "CheckpointConfig",
     "DatasetConfig",
     "EncoderConfig",
@@ -17,6 +19,7 @@ __all__ = [
     "EvaluateConfig",
     "EvaluationConfig",
     "FeaturesConfig",
+    "ImportPecosConfig",
     "MatcherConfig",
     "NegativesConfig",
     "OptimizerConfig",
@@ -227,10 +230,12 @@ class RunConfig:
 
 @dataclass
 class PredictConfig:
-    """Predict labels for the lines of a file with a model folder."""
+    """Predict labels for the lines of a file, or the rows of a matrix, with a model folder or several."""
 
-    model: str = "???"
-    input: str = "???"  # one document a line, or .jsonl with text_column; .gz too
+    model: Any = "???"  # a folder, or a list of folders that answer as an ensemble
+    ensemble: str | None = None  # several models: average | rank | sigmoid | softmax | round_robin; null: average
+    input: str = "???"  # one document a line, or .jsonl with text_column, .gz too; features [N, D] as .npz
+    features: str | None = None  # beside texts, for a model that reads both: features [N, D] as .npz
     output: str = "???"  # JSONL: one object a document
     text_column: str = "text"
     k: int = 10
@@ -241,15 +246,40 @@ class PredictConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Measure a model folder on the test split of a data set."""
+    """Measure a model folder, or several as an ensemble, on the test split of a data set."""
 
-    model: str = "???"
+    model: Any = "???"  # a folder, or a list of folders that answer as an ensemble
+    ensemble: str | None = None  # several models: average | rank | sigmoid | softmax | round_robin; null: average
     output: str | None = None  # JSON file for the metrics; null: only printed
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     beam: int | None = None
     batch: int = 256
     parallel: str = "documents"
+
+
+@dataclass
+class CalibrateConfig:
+    """Fit probabilities to a model's scores, on documents that it was not trained on."""
+
+    model: str = "???"  # the folder that gets calibration.json
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    split: str = "tst"  # whose documents: tst | trn, the latter of a data set that the model was not trained on
+    method: str = "isotonic"  # isotonic | platt
+    k: int = 10  # labels a document that are looked at
+    beam: int | None = None
+    batch: int = 256
+    seed: int = 0  # of the halves that the error is measured on
+
+
+@dataclass
+class ImportPecosConfig:
+    """Convert a PECOS XR-Linear folder into a model folder."""
+
+    source: str = "???"  # what XLinearModel.save wrote, or Text2Text.save
+    output: str = "???"  # a folder that is new or empty
+    labels: str | None = None  # texts of the labels, one a line; null: those of Text2Text, or numbers
+    label_frequency: str | None = None  # training labels [N, L] as .npz: for propensities and bands of evaluate
 
 
 @dataclass

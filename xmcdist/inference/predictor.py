@@ -8,24 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from xmcdist.checkpoint.atomic import read_json
 from xmcdist.config.errors import UserError
 from xmcdist.data.dataset import TextStore
 from xmcdist.features.tfidf import Tfidf
 from xmcdist.inference.beam import beam_search, top_k_arrays
+from xmcdist.inference.calibration import Calibration
 from xmcdist.rankers.model import LinearTree
 from xmcdist.sparse.csr import as_csr, unit_rows
 from xmcdist.sparse.features import Features, unit_vectors
+from xmcdist.sparse.store import open_array
 
 if TYPE_CHECKING:
     from xmcdist.encoders.embed import TextEmbedder
 
-__all__ = ["MODEL_FORMAT", "Prediction", "Predictor"]
+__all__ = ["MODEL_FORMAT", "Prediction", "Predictor", "answers"]
 
 MODEL_FORMAT = 1
 
@@ -36,6 +39,23 @@ class Prediction(NamedTuple):
     label: str  # its text
     score: float
     label_id: int
+    probability: float | None = None  # that it is right; None unless the model is calibrated
+
+
+def answers(
+    scores: sp.csr_matrix, k: int, label_texts: TextStore, calibration: Calibration | None = None
+) -> list[list[Prediction]]:
+    """The best ``k`` entries of every row of ``scores [n, L]`` with their texts, best first."""
+    best, labels = top_k_arrays(scores, k)
+    said = None if calibration is None else calibration.apply(best)
+    return [
+        [
+            Prediction(label_texts[label], score, label, None if said is None else float(said[i, j]))
+            for j, (score, label) in enumerate(zip(row, ids, strict=True))
+            if label >= 0
+        ]
+        for i, (row, ids) in enumerate(zip(best.tolist(), labels.tolist(), strict=True))
+    ]
 
 
 class Predictor:
@@ -45,16 +65,17 @@ class Predictor:
         self,
         rankers: LinearTree,
         label_texts: TextStore,
-        label_frequency: np.ndarray,
-        meta: dict[str, object],
+        label_frequency: NDArray[np.int64] | None,
+        meta: dict[str, Any],
         tfidf: Tfidf | None,
         embedder: TextEmbedder | None,
         *,
+        calibration: Calibration | None = None,
         is_part: bool = False,
     ) -> None:
         self.rankers, self.label_texts, self.label_frequency = rankers, label_texts, label_frequency
         self.meta, self.tfidf, self.embedder = meta, tfidf, embedder
-        self.is_part = is_part
+        self.calibration, self.is_part = calibration, is_part
 
     @classmethod
     def load(cls, path: str | Path, *, trust_remote_code: bool = False, part: tuple[int, int] = (0, 1)) -> Predictor:
@@ -89,10 +110,11 @@ class Predictor:
         return cls(
             rankers,
             TextStore(folder, "label_texts"),
-            np.load(folder / "label_frequency.npy", mmap_mode="r", allow_pickle=False),
+            open_array(folder / "label_frequency.npy", "int64") if meta["num_train"] is not None else None,
             meta,
             Tfidf.load(folder / "tfidf") if meta["tfidf"] else None,
             embedder,
+            calibration=Calibration.load(folder),
             is_part=part[1] > 1,
         )
 
@@ -101,9 +123,15 @@ class Predictor:
         return self.rankers.tree.num_labels
 
     @property
-    def num_train(self) -> int:
-        """Documents the model was trained on."""
-        return int(str(self.meta["num_train"]))
+    def num_train(self) -> int | None:
+        """Documents the model was trained on; None, as `label_frequency`, where it was not told."""
+        given: int | None = self.meta["num_train"]
+        return given
+
+    @property
+    def names_labels(self) -> bool:
+        """The label texts are those of the labels, not numbers for want of any."""
+        return bool(self.meta.get("names_labels", True))
 
     @property
     def wants_features(self) -> bool:
@@ -115,28 +143,26 @@ class Predictor:
         return self.tfidf is not None or self.embedder is not None
 
     def predict(
-        self, texts: Sequence[str], k: int = 5, *, features: sp.csr_matrix | None = None, beam: int | None = None
+        self,
+        texts: Sequence[str] | None,
+        k: int = 5,
+        *,
+        features: sp.csr_matrix | None = None,
+        beam: int | None = None,
     ) -> list[list[Prediction]]:
         """The best ``k`` labels of each text, best first.
 
         Args:
-            texts: documents; one without known words is answered from what is common.
+            texts: documents; one without known words is answered from what is common.  None
+                for a model that reads features alone.
             k: labels a document; fewer come back when the beam holds fewer.
-            features: ``[len(texts), D]`` for a model trained on given features.
+            features: ``[n, D]`` for a model trained on given features.
             beam: clusters kept a level; more is slower and finds more.
 
         Raises:
             UserError: a lone string instead of a list, or features missing or of another width.
         """
-        scores, labels = top_k_arrays(self.scores(texts, features=features, k=k, beam=beam), k)
-        return [
-            [
-                Prediction(self.label_texts[int(i)], float(s), int(i))
-                for s, i in zip(row_s, row_i, strict=True)
-                if i >= 0
-            ]
-            for row_s, row_i in zip(scores, labels, strict=True)
-        ]
+        return answers(self.scores(texts, features=features, k=k, beam=beam), k, self.label_texts, self.calibration)
 
     def scores(
         self,
@@ -145,8 +171,14 @@ class Predictor:
         features: sp.csr_matrix | None = None,
         k: int = 10,
         beam: int | None = None,
+        seen: dict[str, sp.csr_matrix] | None = None,
     ) -> sp.csr_matrix:
-        """Scores of the best ``k`` labels as CSR ``[n, L]``; see `predict`."""
+        """Scores of the best ``k`` labels as CSR ``[n, L]``; see `predict`.
+
+        Args:
+            seen: TF-IDF of these texts by vocabulary, looked up and added to: models that are
+                asked about the same texts and have the same vocabulary count words once.
+        """
         search = beam_search
         if self.is_part:
             from xmcdist.inference.sharded import beam_search_sharded
@@ -154,32 +186,42 @@ class Predictor:
             search = beam_search_sharded
         return search(
             self.rankers,
-            self._features(texts, features),
-            beam=beam or int(str(self.meta["beam"])),
+            self._features(texts, features, {} if seen is None else seen),
+            beam=beam or self.meta["beam"],
             topk=k,
             post_processor=self.rankers.post_processor,
             last_post_processor=self.rankers.last_post_processor,
         )
 
-    def _features(self, texts: Sequence[str] | None, given: sp.csr_matrix | None) -> Features:
+    def _features(
+        self, texts: Sequence[str] | None, given: sp.csr_matrix | None, seen: dict[str, sp.csr_matrix]
+    ) -> Features:
         if isinstance(texts, str):
             raise UserError("predict takes a list of texts; write predict([text])")
         if self.wants_text and texts is None:
             raise UserError("this model reads texts; give them")
+        if texts is not None and given is not None and self.wants_features and len(texts) != given.shape[0]:
+            raise UserError(f"{len(texts)} texts and {given.shape[0]} rows of features")
         sparse = dense = None
         if self.tfidf is not None and self.rankers.num_sparse:
-            sparse = self.tfidf.transform(texts or [])
+            if self.tfidf.fingerprint not in seen:
+                seen[self.tfidf.fingerprint] = self.tfidf.transform(texts or [])
+            sparse = seen[self.tfidf.fingerprint]
         elif self.wants_features:
-            if given is None:
-                raise UserError(
-                    f"this model was trained on given features: pass features=[n, {self.rankers.num_sparse}]"
-                )
-            sparse = unit_rows(as_csr(given, "features"))
-            if sparse.shape[1] != self.rankers.num_sparse:
-                raise UserError(f"features have {sparse.shape[1]} columns; the model has {self.rankers.num_sparse}")
+            sparse = self._given(given)
         if self.embedder is not None and self.rankers.num_dense:
             if texts:
                 dense = unit_vectors(self.embedder(list(texts)))
             else:
                 dense = np.zeros((0, self.rankers.num_dense), np.float32)
         return Features(sparse=sparse, dense=dense)
+
+    def _given(self, features: sp.csr_matrix | None) -> sp.csr_matrix:
+        """Given features as the rankers were trained on them."""
+        width = self.rankers.num_sparse
+        if features is None:
+            raise UserError(f"this model was trained on given features: pass features=[n, {width}]")
+        sparse = as_csr(features, "features")
+        if sparse.shape[1] != width:
+            raise UserError(f"features have {sparse.shape[1]} columns; the model has {width}")
+        return unit_rows(sparse) if self.meta.get("unit_features", True) else sparse

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +13,30 @@ import scipy.sparse as sp
 
 from xmcdist.checkpoint.atomic import write_json
 from xmcdist.config.errors import UserError
-from xmcdist.config.schema import EvaluateConfig, EvaluationConfig
+from xmcdist.config.schema import DatasetConfig, EvaluateConfig, EvaluationConfig
 from xmcdist.data.dataset import PreparedDataset
 from xmcdist.data.prepare import prepare
 from xmcdist.evaluation.metrics import MetricSums
 from xmcdist.inference.beam import top_k_arrays
+from xmcdist.inference.ensemble import Ensemble, open_model
 from xmcdist.inference.predictor import Predictor
 from xmcdist.observability.log import RunLog
 from xmcdist.parallel.collectives import broadcast_object
 from xmcdist.parallel.launch import World
 from xmcdist.parallel.shards import row_range
 from xmcdist.pipelines.together import errors_together, model_part, share_cores
-from xmcdist.sparse.csr import unit_rows
+from xmcdist.sparse.csr import row_slice
 
-__all__ = ["TABLE_KEYS", "evaluate_model", "label_frequency", "measure"]
+__all__ = [
+    "TABLE_KEYS",
+    "evaluate_model",
+    "in_model_order",
+    "label_frequency",
+    "measure",
+    "model_columns",
+    "prepared_for_all",
+    "scorer",
+]
 
 TABLE_KEYS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@5", "R@10")
 """Columns of the table a person sees; results.json has all."""
@@ -95,10 +106,11 @@ def _shares(documents: int, world: World, batch: int | None) -> list[tuple[int, 
 
 
 def evaluate_model(cfg: EvaluateConfig, world: World) -> dict[str, float]:
-    """``xmcdist evaluate``: a model folder against the test split of a data set; collective.
+    """``xmcdist evaluate``: a model folder, or several, against the test split of a data set; collective.
 
-    Label frequencies (for propensities and bands) are those of the model's training data.
-    Labels are matched by their text where the data set orders them otherwise.
+    Label frequencies (for propensities and bands) are those of the model's training data, or
+    of the data set's where an imported model does not know them.  Labels are matched by their
+    text where the data set orders them otherwise.
 
     Raises:
         UserError: no test split, or the data set names labels that the model does not know.
@@ -107,46 +119,52 @@ def evaluate_model(cfg: EvaluateConfig, world: World) -> dict[str, float]:
     with errors_together():
         if cfg.batch < 1:
             raise UserError(f"batch={cfg.batch} must be at least 1")
-        predictor = Predictor.load(cfg.model, part=model_part(cfg.parallel, world))
-    scratch = tempfile.mkdtemp(prefix="xmcdist-") if world.is_main and not cfg.dataset.prepared else None
+        predictor = open_model(cfg.model, cfg.ensemble, part=model_part(cfg.parallel, world))
+    with prepared_for_all(cfg.dataset, world) as folder:
+        metrics = _evaluate(cfg, predictor, folder, world)
+    if cfg.output and world.is_main:
+        about = {"metrics": metrics, "model": cfg.model, "dataset": cfg.dataset.path}
+        write_json(Path(cfg.output), about if cfg.ensemble is None else {**about, "ensemble": cfg.ensemble})
+    return metrics
+
+
+@contextmanager
+def prepared_for_all(cfg: DatasetConfig, world: World) -> Iterator[Path]:
+    """The prepared form of a data set, made where it is missing; in a scratch folder unless one is set; collective."""
+    scratch = tempfile.mkdtemp(prefix="xmcdist-") if world.is_main and not cfg.prepared else None
     try:
-        folder = Path(broadcast_object(cfg.dataset.prepared or str(Path(str(scratch), "prepared"))))
+        folder = Path(broadcast_object(cfg.prepared or str(Path(str(scratch), "prepared"))))
         with errors_together():
             if world.is_main:
-                prepare(cfg.dataset, folder)
-        metrics = _evaluate(cfg, predictor, folder, world)
+                prepare(cfg, folder)
+        yield folder
         world.barrier()
     finally:
         if scratch:
             shutil.rmtree(scratch, ignore_errors=True)
-    if cfg.output and world.is_main:
-        write_json(Path(cfg.output), {"metrics": metrics, "model": cfg.model, "dataset": cfg.dataset.path})
-    return metrics
 
 
-def _evaluate(cfg: EvaluateConfig, predictor: Predictor, folder: Path, world: World) -> dict[str, float]:
+def _evaluate(cfg: EvaluateConfig, predictor: Predictor | Ensemble, folder: Path, world: World) -> dict[str, float]:
     with errors_together():
         data = PreparedDataset.open(folder)
-        if not data.has_test:
-            raise UserError(f"{cfg.dataset.path} has no test documents")
-        X = data.X("tst") if predictor.wants_features else None
-        if predictor.wants_features and X is None:
-            raise UserError(f"the model was trained on given features, and {cfg.dataset.path} has no X.tst")
-        if predictor.wants_text and not data.has_text:
-            raise UserError(f"the model reads texts, and {cfg.dataset.path} has none")
-        Y = _in_model_order(data, predictor)
-
-    def predict(start: int, stop: int) -> sp.csr_matrix:
-        texts = list(data.texts("tst").iterate(start, stop)) if predictor.wants_text else None
-        given = unit_rows(X[start:stop]) if X is not None else None
-        return predictor.scores(texts, features=given, k=max(cfg.evaluation.ks), beam=cfg.beam)
+        score = scorer(data, predictor, "tst", cfg.dataset.path)
+        columns = model_columns(data, predictor)
+        Y = in_model_order(data.Y("tst"), columns, predictor.num_labels)
+        unknown = np.flatnonzero(np.bincount(data.Y("tst").indices, minlength=columns.size)[columns < 0])
+        if unknown.size:
+            first = data.label_texts()[int(np.flatnonzero(columns < 0)[unknown[0]])]
+            raise UserError(f"the model does not know {unknown.size} labels of the test documents, such as {first!r}")
+        frequency, num_train = predictor.label_frequency, predictor.num_train
+        if frequency is None or num_train is None:
+            train = in_model_order(data.Y("trn"), columns, predictor.num_labels)
+            frequency, num_train = label_frequency(train), train.shape[0]
 
     with RunLog(None, world).progress("evaluate", Y.shape[0]) as tick:
         return measure(
-            predict,
+            lambda start, stop: score(start, stop, max(cfg.evaluation.ks), cfg.beam),
             Y,
-            predictor.label_frequency,
-            predictor.num_train,
+            frequency,
+            num_train,
             cfg.evaluation,
             (cfg.dataset.propensity_a, cfg.dataset.propensity_b),
             world,
@@ -155,16 +173,55 @@ def _evaluate(cfg: EvaluateConfig, predictor: Predictor, folder: Path, world: Wo
         )
 
 
-def _in_model_order(data: PreparedDataset, predictor: Predictor) -> sp.csr_matrix:
-    """Y of the test documents with the columns of the model's labels."""
-    Y, texts = data.Y("tst"), data.label_texts()
-    if len(texts) == predictor.num_labels and all(texts[i] == predictor.label_texts[i] for i in range(len(texts))):
+def scorer(
+    data: PreparedDataset, predictor: Predictor | Ensemble, split: str, path: str
+) -> Callable[[int, int, int, int | None], sp.csr_matrix]:
+    """``(start, stop, k, beam)`` to scores ``[stop - start, L]`` of those documents of a split.
+
+    Args:
+        path: how messages call the data set.
+
+    Raises:
+        UserError: no such split, or it lacks what the model reads.
+    """
+    if split == "tst" and not data.has_test:
+        raise UserError(f"{path} has no test documents")
+    X = data.X(split) if predictor.wants_features else None
+    if predictor.wants_features and X is None:
+        raise UserError(f"the model was trained on given features, and {path} has no X.{split}")
+    if predictor.wants_text and not data.has_text:
+        raise UserError(f"the model reads texts, and {path} has none")
+
+    def score(start: int, stop: int, k: int, beam: int | None) -> sp.csr_matrix:
+        texts = list(data.texts(split).iterate(start, stop)) if predictor.wants_text else None
+        given = row_slice(X, start, stop) if X is not None else None
+        return predictor.scores(texts, features=given, k=k, beam=beam)
+
+    return score
+
+
+def model_columns(data: PreparedDataset, predictor: Predictor | Ensemble) -> np.ndarray:
+    """The model's number of each of the data set's labels, by their texts, int64 ``[L]``; -1: it knows none such.
+
+    Raises:
+        UserError: the model's labels have no names, and there are not as many.
+    """
+    texts, count = data.label_texts(), predictor.num_labels
+    if not predictor.names_labels:
+        if len(texts) != count:
+            raise UserError(f"the model has {count} labels without names, and the data set {len(texts)} labels")
+        return np.arange(count)
+    if len(texts) == count and all(a == b for a, b in zip(texts, predictor.label_texts, strict=True)):
+        return np.arange(count)
+    known = {text: i for i, text in enumerate(predictor.label_texts)}
+    return np.array([known.get(text, -1) for text in texts], np.int64)
+
+
+def in_model_order(Y: sp.csr_matrix, columns: np.ndarray, num_labels: int) -> sp.csr_matrix:
+    """Y with the columns of the model's labels; those that it does not know are left out."""
+    if len(columns) == num_labels and np.array_equal(columns, np.arange(num_labels)):
         return Y
-    known = {predictor.label_texts[i]: i for i in range(predictor.num_labels)}
-    used = np.unique(Y.indices)
-    unknown = [texts[int(i)] for i in used if texts[int(i)] not in known]
-    if unknown:
-        raise UserError(f"the model does not know {len(unknown)} labels of the test documents, such as {unknown[0]!r}")
-    columns = np.zeros(Y.shape[1], dtype=np.int64)
-    columns[used] = [known[texts[int(i)]] for i in used]
-    return sp.csr_matrix((Y.data, columns[Y.indices], Y.indptr), shape=(Y.shape[0], predictor.num_labels))
+    to = columns[Y.indices]
+    known = to >= 0
+    indptr = np.concatenate([[0], np.cumsum(known)])[Y.indptr]
+    return sp.csr_matrix((Y.data[known], to[known], indptr), shape=(Y.shape[0], num_labels))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from xmcdist.checkpoint.atomic import replace_folder, write_json
+from xmcdist.data.dataset import PreparedDataset
 from xmcdist.inference.predictor import MODEL_FORMAT
 from xmcdist.observability.environment import versions
 from xmcdist.pipelines.evaluation import label_frequency
@@ -17,7 +18,7 @@ from xmcdist.pipelines.prepare import prepared_folder
 from xmcdist.pipelines.run import Run
 from xmcdist.rankers.model import LinearTree
 
-__all__ = ["export_stage"]
+__all__ = ["export_stage", "trained_on"]
 
 
 def export_stage(run: Run, rankers: LinearTree, encoder: Path | None, sparse: bool) -> Path:
@@ -61,10 +62,18 @@ def _write(run: Run, rankers: LinearTree, encoder: Path | None, sparse: bool, mo
         "beam": run.cfg.ranker.beam,
         "num_train": run.data.num_docs("trn"),
         "num_labels": run.data.num_labels,
+        "trained_on": trained_on(run.data),
         "versions": versions(),
     }
     write_json(model / "config.json", meta)
     shutil.rmtree(Path(run.cfg.run_dir) / "model", ignore_errors=True)
+
+
+def trained_on(data: PreparedDataset, split: str = "trn") -> dict[str, str]:
+    """Checksums by which the documents of a split are known again: of their texts and given features."""
+    files = data.manifest["files"]
+    places = {"texts": f"texts.{split}.bin", "features": f"X.{split}/data.npy"}
+    return {kind: files[place]["sha256"] for kind, place in places.items() if place in files}
 
 
 def _link(source: Path, target: Path) -> None:
