@@ -1,8 +1,11 @@
-"""Linear one-vs-all rankers of one tree level by dual coordinate descent.
+"""Linear one-vs-all rankers of one tree level.
 
 For node l of the level, with parent p(l):
 
-    min_w  1/2 ||w||^2 + sum over i in A(l) of c_i max(0, 1 - y_i (w . x_i + b * bias))^2
+    min_w  1/2 ||w||^2 + sum over i in A(l) of c_i loss(y_i (w . x_i + b * bias))
+
+with one of the losses ``max(0, 1 - z)^2`` (``l2svc_dual``, ``l2svc_primal``), ``max(0, 1 - z)``
+(``l1svc_dual``) and ``log(1 + exp(-z))`` (``logistic_dual``).
 
 A(l) is every document with ``M[i, p(l)]`` stored, and every positive of l; y_i is +1 for
 positives, -1 otherwise; c_i is Cp (times the relevance) for positives, Cn otherwise, with
@@ -30,19 +33,28 @@ from numpy.typing import NDArray
 
 from xmcdist.rankers import kernels
 from xmcdist.rankers.columns import frozen, member_columns, positive_columns
+from xmcdist.rankers.dual import solve_dual
+from xmcdist.rankers.nodes import solve_nodes
 from xmcdist.rankers.part import Chunk, WeightPart
 from xmcdist.rankers.partition import level_costs
 from xmcdist.rankers.weights import LevelWeights
 from xmcdist.sparse.features import Features
 
-__all__ = ["SolverParams", "solve_level"]
+__all__ = ["SOLVERS", "SolverParams", "solve_level"]
+
+SOLVERS = ("l2svc_dual", "l1svc_dual", "logistic_dual", "l2svc_primal")
 
 T = TypeVar("T")
-Weights = tuple[NDArray[Any], ...]  # what kernels.solve_nodes returns
+Weights = tuple[NDArray[Any], ...]  # what the compiled solvers return
+Submit = Callable[..., Callable[[], Any]]  # starts a call, gives what to call for its result
 
 # Share of all documents beyond which a cluster's are used where they are.  Copied together and
 # with features renumbered a pass is faster unless they are nearly all: 1.5 to 1.9 times at 40 %.
 _MOST = 0.5
+_LANES = (16, 8, 4)  # nodes side by side: as many as there are, and fewer where threads would go without
+_SIDE_BY_SIDE = ("l2svc_dual", "l1svc_dual")
+_NO_IDS = np.zeros(0, np.int64)
+_FINE = 1e-3  # a tolerance below this is beyond what sums in float32 tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +70,13 @@ class SolverParams:
     max_nonzeros_per_label: int | None = None  # most sparse weights a node: those of largest size
     seed: int = 0
     weighted_negatives: bool = False  # values of M are the weights of negatives; 0: none
+    solver: str = "l2svc_dual"  # one of `SOLVERS`
+    precision: str = "auto"  # of the support vector machines: float32 | float64 | auto: float64 where eps asks for it
 
     def __post_init__(self) -> None:
+        for name, known in (("solver", SOLVERS), ("precision", ("auto", "float32", "float64"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} ({getattr(self, name)!r}) must be one of {', '.join(known)}")
         for name in ("Cp", "Cn", "eps", "max_iter"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be above 0")
@@ -114,11 +131,34 @@ def solve_level(
     chunks: dict[int, Chunk] = {}
     with _executor(workers) as submit:
         wide, narrow = problem.schedule(workers)
+        started: list[tuple[int, Callable[[], Chunk]]] = []
         for p in wide:  # too large for one thread: its nodes are spread over all of them
-            chunks[p] = problem.solve_wide(p, submit, workers)
-        done = [(p, submit(problem.solve_cluster, p)) for p in narrow]
-        chunks.update((p, result()) for p, result in done)
+            chunks.update((q, result()) for q, result in started[:-1])  # documents of two at a time
+            started = [*started[-1:], (p, problem.solve_wide(p, submit, workers))]
+        started += [(p, submit(problem.solve_cluster, p)) for p in narrow]
+        chunks.update((p, result()) for p, result in started)
     return problem.assemble([chunks.pop(p) for p in sorted(chunks)])
+
+
+def _side_by_side(
+    solve: Callable[..., Weights],
+    pointers: NDArray[np.int64],
+    positives: NDArray[np.uint32],
+    cost: NDArray[np.float64],
+    lanes: int,
+) -> Weights:
+    """Solve groups as wide as can be, and what is left over in a narrower one."""
+    m = pointers.size - 1
+    whole = m - m % lanes
+    rest = next((n for n in reversed(_LANES) if n >= m - whole), lanes)
+    if rest == lanes:
+        whole = m
+    parts = []
+    for a, b, wide in ((0, whole, lanes), (whole, m, rest)) if m else ((0, 0, lanes),):
+        if a < b or m == 0:
+            span = slice(pointers[a], pointers[b])
+            parts.append(solve((0,) * wide, pointers[a : b + 1] - pointers[a], positives[span], cost[span]))
+    return parts[0] if len(parts) == 1 else tuple(np.concatenate(x) for x in zip(*parts, strict=True))
 
 
 class _Documents(NamedTuple):
@@ -168,6 +208,8 @@ class _Problem:
         self.dense = frozen(dense)
         self.out_dense = np.zeros((nodes[1] - nodes[0], self.num_dense), np.float32)  # filled cluster by cluster
         self.out_bias = np.zeros(nodes[1] - nodes[0], np.float32)
+        fine = params.eps < _FINE if params.precision == "auto" else params.precision == "float64"
+        self.like = np.zeros((0, 0), np.float64 if fine else np.float32)  # what to reckon in
         self.costs = level_costs(self._sizes(), self.num_dense, self.bounds)
 
     def _sizes(self) -> NDArray[np.int64]:
@@ -226,34 +268,35 @@ class _Problem:
         negative[shared] = self.params.Cn * weights.astype(np.float64)
         return _Documents(ids, indptr, frozen(cols), vals, dense, norms, by_feature, shared, negative, columns)
 
-    def _solve(self, local: _Documents, start: int, stop: int) -> Weights:
-        """Solve the nodes ``[start, stop)`` of one cluster."""
+    def _solve(self, local: _Documents, start: int, stop: int, lanes: int = _LANES[0]) -> Weights:
+        """Solve the nodes ``[start, stop)`` of one cluster, at most ``lanes`` side by side."""
         params, Y = self.params, self.positives
         a, b = start - self.nodes[0], stop - self.nodes[0]
         span = slice(Y.ptr[a], Y.ptr[b])
         positives = Y.rows[span]
         if local.ids is not None:
             positives = kernels.local_positives(local.ids, positives.astype(np.int64))
-        solved: Weights = kernels.solve_nodes(
-            local.indptr,
-            local.cols,
-            local.vals,
-            local.dense,
-            local.norms,
-            local.by_feature,
-            local.shared,
-            Y.ptr[a : b + 1] - Y.ptr[a],
-            positives,
-            params.Cp * Y.values[span].astype(np.float64),
-            int(start),
-            np.uint64(params.seed),
-            local.negative,
-            float(params.eps),
-            int(params.max_iter),
-            float(params.bias),
-            float(params.threshold),
-            int(params.max_nonzeros_per_label or self.num_sparse),
-        )
+        pointers = Y.ptr[a : b + 1] - Y.ptr[a]
+        cost = params.Cp * Y.values[span].astype(np.float64)
+        matrix = (local.indptr, local.cols, local.vals, local.dense, local.norms)
+        stop_at = (float(params.eps), int(params.max_iter), float(params.bias))
+        kept = (float(params.threshold), int(params.max_nonzeros_per_label or self.num_sparse))
+        seed = np.uint64(params.seed)
+        if params.solver in _SIDE_BY_SIDE:
+            ids = _NO_IDS if local.ids is None else local.ids
+            extra = np.setdiff1d(positives, local.shared).astype(np.uint32)
+            cluster = self.first + int(np.searchsorted(self.bounds, start, side="right")) - 1
+            return _side_by_side(
+                lambda width, pointers, pos, cost: solve_dual(
+                    width, self.like, *matrix, ids, local.by_feature, local.shared, extra, local.negative,
+                    pointers, pos, cost, cluster, seed, params.solver == "l1svc_dual", *stop_at, *kept,
+                ),
+                pointers, positives, cost, lanes,
+            )  # fmt: skip
+        solved: Weights = solve_nodes(
+            *matrix, local.by_feature, local.shared, local.negative, pointers, positives, cost,
+            int(start), seed, params.solver == "l2svc_primal", *stop_at, *kept,
+        )  # fmt: skip
         return solved
 
     def solve_cluster(self, c: int) -> Chunk:
@@ -262,13 +305,14 @@ class _Problem:
         start, stop = self.bounds[c : c + 2]
         return self._chunk([self._solve(local, start, stop)], local.columns, start, stop)
 
-    def solve_wide(self, c: int, submit: Callable[..., Callable[[], Any]], workers: int) -> Chunk:
-        """One cluster with its nodes spread over all threads."""
+    def solve_wide(self, c: int, submit: Submit, workers: int) -> Callable[[], Chunk]:
+        """Start one cluster with its nodes spread over all threads; gives what to call for its chunk."""
         local = self._gather(c)
-        start, stop = self.bounds[c : c + 2]
-        cuts = np.unique(np.linspace(start, stop, 4 * workers + 1).astype(np.int64))
-        results = [submit(self._solve, local, a, b) for a, b in pairwise(cuts)]
-        return self._chunk([result() for result in results], local.columns, start, stop)
+        start, stop = (int(x) for x in self.bounds[c : c + 2])
+        lanes = next((n for n in _LANES if (stop - start) // n >= workers), _LANES[-1])
+        edges = [*range(start, stop, lanes), stop]
+        results = [submit(self._solve, local, a, b, lanes) for a, b in pairwise(edges)]
+        return lambda: self._chunk([result() for result in results], local.columns, start, stop)
 
     def _chunk(self, solved: Sequence[Weights], columns: NDArray[np.int64], start: int, stop: int) -> Chunk:
         """Keep the dense weights of one cluster's nodes, and give (feature, weights per feature, child, value)."""
@@ -314,7 +358,7 @@ def _same(answer: T) -> T:
 
 
 @contextmanager
-def _executor(workers: int) -> Iterator[Callable[..., Callable[[], Any]]]:
+def _executor(workers: int) -> Iterator[Submit]:
     """A function that starts a call and returns what to call for its result."""
     if workers == 1:
         yield lambda fn, *args: partial(_same, fn(*args))
