@@ -437,14 +437,14 @@ def bisect_subtree(
         count -= 1
         first, last, level, number, width = waiting[count]
         mine, size = members[first:last], last - first
-        values = 0
+        values = np.int64(0)
         for i in range(size):
             row = np.uint64(mine[i])
             values += np.int64(indptr[row + _U1] - indptr[row])
         if own.shape[0] > 0 and values < 4 * width:
             width = _renumber(indptr, at, own, mine, where, old)
             if level == depth:
-                used = width
+                used = int(width)
         _bisect(
             indptr, at, columns, data, dense, mine, width, seed, halves, level, number, max_iter, total, right,
             direction, scores[:size], work, side[:size], new_side[:size],

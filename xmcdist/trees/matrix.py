@@ -1,4 +1,4 @@
-"""Features as compiled loops take them, and CSR put together from blocks of rows."""
+"""Features as compiled loops take them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from xmcdist.sparse.features import Features
 
-__all__ = ["U32", "Matrix", "frozen", "join_csr"]
+__all__ = ["Matrix", "frozen"]
 
 I64 = NDArray[np.int64]
 U32 = NDArray[np.uint32]
@@ -39,23 +39,6 @@ class Matrix:
         dense = features.dense if features.dense is not None else np.zeros((n, 0), dtype=np.float32)
         columns = A.indices.view(np.uint32) if A.indices.dtype == np.int32 else A.indices.astype(np.uint32)
         return cls(frozen(A.indptr.astype(np.int64)), frozen(columns), frozen(A.data), frozen(dense), int(A.shape[1]))
-
-
-def join_csr(parts: list[tuple[I64, U32, F32]], num_cols: int) -> sp.csr_matrix:
-    """One matrix from blocks of rows: lengths of rows, columns, values; parts are emptied on the way."""
-    lengths = np.concatenate([part[0] for part in parts]) if parts else np.zeros(0, dtype=np.int64)
-    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    indices = np.empty(int(indptr[-1]), dtype=np.int32)
-    data = np.empty(int(indptr[-1]), dtype=np.float32)
-    at = 0
-    while parts:
-        _, columns, values = parts.pop(0)
-        indices[at : at + len(columns)] = columns
-        data[at : at + len(values)] = values
-        at += len(columns)
-    out = sp.csr_matrix((data, indices, indptr), shape=(len(lengths), num_cols), copy=False)
-    out.has_sorted_indices = True
-    return out
 
 
 def frozen(array: np.ndarray) -> np.ndarray:
