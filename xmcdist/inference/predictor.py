@@ -20,6 +20,7 @@ from xmcdist.data.dataset import TextStore
 from xmcdist.features.tfidf import Tfidf
 from xmcdist.inference.beam import beam_search, top_k_arrays
 from xmcdist.inference.calibration import Calibration
+from xmcdist.inference.selected import score_selected
 from xmcdist.rankers.model import LinearTree
 from xmcdist.sparse.csr import as_csr, unit_rows
 from xmcdist.sparse.features import Features, unit_vectors
@@ -171,14 +172,20 @@ class Predictor:
         features: sp.csr_matrix | None = None,
         k: int = 10,
         beam: int | None = None,
+        selected: sp.csr_matrix | None = None,
         seen: dict[str, sp.csr_matrix] | None = None,
     ) -> sp.csr_matrix:
         """Scores of the best ``k`` labels as CSR ``[n, L]``; see `predict`.
 
         Args:
+            selected: ``[n, L]``; its stored labels are scored, and they alone, however poorly
+                their clusters do.  ``k`` and ``beam`` are then nothing.
             seen: TF-IDF of these texts by vocabulary, looked up and added to: models that are
                 asked about the same texts and have the same vocabulary count words once.
         """
+        read = self._features(texts, features, {} if seen is None else seen)
+        if selected is not None:
+            return score_selected(self.rankers, read, selected)
         search = beam_search
         if self.is_part:
             from xmcdist.inference.sharded import beam_search_sharded
@@ -186,7 +193,7 @@ class Predictor:
             search = beam_search_sharded
         return search(
             self.rankers,
-            self._features(texts, features, {} if seen is None else seen),
+            read,
             beam=beam or self.meta["beam"],
             topk=k,
             post_processor=self.rankers.post_processor,
