@@ -32,6 +32,11 @@ def run(config_name: str, body: Callable[[Any], None]) -> None:
     overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
     flags = [a for a in sys.argv[1:] if a.startswith("-")]
     try:
+        if flags and set(flags) <= {"-h", "--help"}:
+            from xmcdist.config.help import help_text
+
+            _say(help_text(overrides, config_name))
+            return
         register()
         if not flags:
             compose_run(overrides, config_name=config_name, world_size=world_size)
@@ -48,9 +53,8 @@ def run(config_name: str, body: Callable[[Any], None]) -> None:
                     traceback.print_exc()
                 print(f"xmcdist: rank {rank}: {error}", file=sys.stderr, flush=True)
                 os._exit(1)
-            except BrokenPipeError:  # the reader of our output, such as head, has left
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                sys.exit(0)
+            except BrokenPipeError:
+                _reader_left()
             except Exception:
                 # Said here, whole and once: Hydra would shorten it and hide the cause.
                 traceback.print_exc()
@@ -60,6 +64,19 @@ def run(config_name: str, body: Callable[[Any], None]) -> None:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
     except UserError as error:
         _give_up(error, rank)
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _reader_left()
+
+
+def _reader_left() -> None:
+    """The reader of our output, such as head, has seen enough: that is no mistake."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
 
 
 def _give_up(error: UserError, rank: int) -> None:

@@ -25,7 +25,7 @@ from xmcdist.config import schema
 from xmcdist.config.checks import check_run
 from xmcdist.config.errors import ConfigError
 
-__all__ = ["compose_run", "conf_dir", "find_folder", "register", "to_object"]
+__all__ = ["compose_run", "conf_dir", "explain", "find_folder", "register", "to_object"]
 
 C = TypeVar("C")
 
@@ -98,7 +98,7 @@ def compose_run(overrides: list[str], *, config_name: str = "train", world_size:
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(_explain(error, config_name)) from None
+        raise ConfigError(explain(error, config_name)) from None
 
 
 def to_object(composed: Any, world_size: int = 1) -> Any:
@@ -119,7 +119,7 @@ def to_object(composed: Any, world_size: int = 1) -> Any:
     return cfg
 
 
-def _explain(error: Exception, config_name: str) -> str:
+def explain(error: Exception, config_name: str) -> str:
     """Hydra's message in one line or two, with the nearest valid name."""
     text = str(error.__cause__ or error).strip()
     key = re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in '\w+'", str(error) + "\n" + text)
