@@ -14,12 +14,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import njit
+from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
 from xmcdist.inference.keep_kernels import keep_best, keep_given
+from xmcdist.inference.native import pointer, prefetch, wide
 
 __all__ = ["LEVEL", "PART", "descend", "step_to"]
 
@@ -29,59 +29,15 @@ F32 = NDArray[np.float32]
 Rows = tuple[I64, I64, F32]
 
 # Columns of the table of levels and of the table of parts; ``_at``: an address.
-LEVEL = ("child_ptr_at", "clusters", "ids_at", "num_ids", "keep", "kind", "power", "log", "first_part", "last_part")
-PART = ("first_cluster", "clusters", "num_dense", "cluster_ptr_at", "chunk_node_at", "chunk_ptr_at", "entry_start_at")
-PART += ("entry_offset_at", "feature_at", "child_at", "value_at", "dense_at", "bias_at")
+LEVEL: tuple[str, ...] = ("child_ptr_at", "clusters", "ids_at", "num_ids", "keep", "kind", "power", "log")
+LEVEL += ("first_part", "last_part")
+PART: tuple[str, ...] = ("first_cluster", "clusters", "num_dense", "cluster_ptr_at", "chunk_node_at", "chunk_ptr_at")
+PART += ("entry_start_at", "entry_offset_at", "feature_at", "child_at", "value_at", "dense_at", "bias_at")
 
 _ENDLESS = 1 << 40  # length of an array known by its address only
 _DIGIT = 11  # bits sorted at a time
 _COUNT = 9  # bits for how many weights a feature has in a chunk: 1 to 256
 _MOST_MAPPED = 1 << (32 - _COUNT)  # stored weights of a chunk beyond which it has no table
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _pointer(typing: Any, address: Any, like: Any) -> Any:
-    """An address as a pointer to values of the type, or the array's type, ``like``."""
-    signature = types.CPointer(like.dtype)(types.int64, like)
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return signature, code
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _prefetch(typing: Any, array: Any, place: Any) -> Any:
-    """Ask for an array's value at a place: it will be read soon."""
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        byte = ir.IntType(8).as_pointer()
-        number = ir.IntType(32)
-        ask = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], ask)
-        for_reading = [ir.Constant(number, k) for k in (0, 3, 1)]
-        builder.call(function, [builder.bitcast(builder.gep(data, [args[1]]), byte), *for_reading])
-        return context.get_dummy_value()
-
-    return types.void(array, types.uint64), code
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _wide(typing: Any, weight: Any) -> Any:
-    """A stored weight as float32; float16 comes as the whole number of its bits."""
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if weight == types.float32:
-            return args[0]
-        number, real = ir.IntType(32), ir.FloatType()
-        bits = builder.zext(args[0], number)
-        size = builder.shl(builder.and_(bits, number(0x7FFF)), number(13))
-        sign = builder.shl(builder.and_(bits, number(0x8000)), number(16))
-        scaled = builder.fmul(builder.bitcast(size, real), real(2.0**112))  # exponents count from 127, not 15
-        return builder.bitcast(builder.or_(builder.bitcast(scaled, number), sign), real)
-
-    return types.float32(weight), code
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
@@ -94,14 +50,14 @@ def _add_dense(x: F32, i: int, dense: NDArray[Any], at: int, count: int, scores:
         a0 = np.uint64(at + c * count)
         a1, a2, a3 = a0 + np.uint64(count), a0 + np.uint64(2 * count), a0 + np.uint64(3 * count)
         for j in range(np.uint64(count)):
-            total = scores[np.uint64(out) + j] + x0 * _wide(dense[a0 + j])
-            total = total + x1 * _wide(dense[a1 + j])
-            total = total + x2 * _wide(dense[a2 + j])
-            scores[np.uint64(out) + j] = total + x3 * _wide(dense[a3 + j])
+            total = scores[np.uint64(out) + j] + x0 * wide(dense[a0 + j])
+            total = total + x1 * wide(dense[a1 + j])
+            total = total + x2 * wide(dense[a2 + j])
+            scores[np.uint64(out) + j] = total + x3 * wide(dense[a3 + j])
         c += 4
     while c < d:
         for j in range(np.uint64(count)):
-            scores[np.uint64(out) + j] += x[i, c] * _wide(dense[np.uint64(at + c * count) + j])
+            scores[np.uint64(out) + j] += x[i, c] * wide(dense[np.uint64(at + c * count) + j])
         c += 1
 
 
@@ -143,8 +99,8 @@ def _add_words(
         at = lo + np.uint64(places[e])
         if feature[at] == words[first_word + e]:
             first = np.uint64(entry_start[at >> eight]) + np.uint64(entry_offset[at])
-            _prefetch(child, first)
-            _prefetch(value, first)
+            prefetch(child, first)
+            prefetch(value, first)
     for e in range(num_words):
         at = lo + np.uint64(places[e])
         if feature[at] != words[first_word + e]:
@@ -152,7 +108,7 @@ def _add_words(
         first = np.uint64(entry_start[at >> eight]) + np.uint64(entry_offset[at])
         last = np.uint64(entry_start[(at + one) >> eight]) + np.uint64(entry_offset[at + one])
         for w in range(first, last):
-            scores[np.uint64(out) + np.uint64(child[w])] += weights[first_word + e] * _wide(value[w])
+            scores[np.uint64(out) + np.uint64(child[w])] += weights[first_word + e] * wide(value[w])
 
 
 @njit(cache=True, nogil=True)
@@ -173,7 +129,7 @@ def _add_mapped(
         entry = np.uint64(where[words[e]])
         first = origin + (entry >> np.uint64(_COUNT))
         for w in range(first, first + (entry & np.uint64((1 << _COUNT) - 1))):
-            scores[np.uint64(out) + np.uint64(child[w])] += weights[e] * _wide(value[w])
+            scores[np.uint64(out) + np.uint64(child[w])] += weights[e] * wide(value[w])
 
 
 @njit(cache=True, nogil=True)
@@ -190,28 +146,29 @@ def _score_part(
     clusters: I64,
     outs: I64,
     where: U32,
-    most_words: int,
+    places: U32,
     scores: F32,
 ) -> None:
     """Outputs of the pairs' children that lie in one part; see `_score_level`."""
     first_cluster, num_clusters, d = part[0], part[1], part[2]
-    cluster_ptr = carray(_pointer(part[3], np.int64), (_ENDLESS,))
-    chunk_node = carray(_pointer(part[4], np.int64), (_ENDLESS,))
-    chunk_ptr = carray(_pointer(part[5], np.int64), (_ENDLESS,))
-    entry_start = carray(_pointer(part[6], np.int64), (_ENDLESS,))
-    entry_offset = carray(_pointer(part[7], np.uint16), (_ENDLESS,))
-    feature = carray(_pointer(part[8], np.uint32), (_ENDLESS,))
-    child = carray(_pointer(part[9], np.uint8), (_ENDLESS,))
-    value = carray(_pointer(part[10], like), (_ENDLESS,))
-    dense = carray(_pointer(part[11], like_dense), (_ENDLESS,))
-    bias = carray(_pointer(part[12], np.float32), (_ENDLESS,))
+    cluster_ptr = carray(pointer(part[3], np.int64), (_ENDLESS,))
+    chunk_node = carray(pointer(part[4], np.int64), (_ENDLESS,))
+    chunk_ptr = carray(pointer(part[5], np.int64), (_ENDLESS,))
+    entry_start = carray(pointer(part[6], np.int64), (_ENDLESS,))
+    entry_offset = carray(pointer(part[7], np.uint16), (_ENDLESS,))
+    feature = carray(pointer(part[8], np.uint32), (_ENDLESS,))
+    child = carray(pointer(part[9], np.uint8), (_ENDLESS,))
+    value = carray(pointer(part[10], like), (_ENDLESS,))
+    dense = carray(pointer(part[11], like_dense), (_ENDLESS,))
+    bias = carray(pointer(part[12], np.float32), (_ENDLESS,))
     one, eight = np.uint64(1), np.uint64(8)
-    places = np.empty(most_words, np.uint32)
-    k = np.searchsorted(clusters, first_cluster)
+    k: Any = np.int64(0)
+    while k < clusters.size and clusters[k] < first_cluster:
+        k += 1
     while k < clusters.size and clusters[k] < first_cluster + num_clusters:
         p = clusters[k]
         stop = k
-        num_words = 0
+        num_words: Any = np.int64(0)
         while stop < clusters.size and clusters[stop] == p:
             num_words += x_ptr[docs[stop] + 1] - x_ptr[docs[stop]]
             stop += 1
@@ -264,26 +221,33 @@ def _score_part(
 @njit(cache=True, nogil=True)
 def _by_cluster(ptr: I64, ids: I64, outs: I64, num_clusters: int) -> tuple[I64, I64, I64]:
     """Pairs in cluster order, in a cluster in document order: documents, clusters, places of their outputs."""
-    docs = np.empty(ids.size, np.int64)
+    n = ids.size
+    docs, order, other = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
     for i in range(ptr.size - 1):
-        docs[ptr[i] : ptr[i + 1]] = i
+        for r in range(ptr[i], ptr[i + 1]):
+            docs[r], order[r] = i, r
     if ptr.size == 2:  # one document: clusters ascend
         return docs, ids, outs
-    order = np.arange(ids.size)
-    shift = 0
+    starts = np.empty((1 << _DIGIT) + 1, np.int64)
+    shift: Any = np.int64(0)  # a plain 0 is a type of its own, and all would be compiled once more
     while (num_clusters - 1) >> shift > 0:
-        starts = np.zeros((1 << _DIGIT) + 1, np.int64)
-        for r in range(ids.size):
+        starts[:] = 0
+        for r in range(n):
             starts[((ids[r] >> shift) & ((1 << _DIGIT) - 1)) + 1] += 1
-        starts = np.cumsum(starts)
-        sorted_order = np.empty_like(order)
-        for r in order:
-            digit = (ids[r] >> shift) & ((1 << _DIGIT) - 1)
-            sorted_order[starts[digit]] = r
+        for digit in range(1 << _DIGIT):
+            starts[digit + 1] += starts[digit]
+        for k in range(n):
+            digit = (ids[order[k]] >> shift) & ((1 << _DIGIT) - 1)
+            other[starts[digit]] = order[k]
             starts[digit] += 1
-        order = sorted_order
+        order, other = other, order
         shift += _DIGIT
-    return docs[order], ids[order], outs[order]
+    clusters, places = np.empty(n, np.int64), other
+    sorted_docs = np.empty(n, np.int64)
+    for k in range(n):
+        r = order[k]
+        sorted_docs[k], clusters[k], places[k] = docs[r], ids[r], outs[r]
+    return sorted_docs, clusters, places
 
 
 @njit(cache=True, nogil=True)
@@ -305,16 +269,17 @@ def _score_level(
     ``where`` is ``[D]`` zeros on entry and exit, or empty.  It is filled for a chunk with many
     words, so that these need not search the chunk's features.
     """
-    child_ptr = carray(_pointer(level[0], np.int64), (_ENDLESS,))
+    child_ptr = carray(pointer(level[0], np.int64), (_ENDLESS,))
     outs = np.empty(ids.size + 1, np.int64)
     outs[0] = 0
     for r in range(ids.size):
         outs[r + 1] = outs[r] + child_ptr[ids[r] + 1] - child_ptr[ids[r]]
     scores = np.empty(outs[-1], np.float32)
     docs, clusters, starts = _by_cluster(ptr, ids, outs[:-1], level[1])
-    most_words = 0
+    most_words: Any = np.int64(0)
     for i in range(x_ptr.size - 1):
         most_words = max(most_words, x_ptr[i + 1] - x_ptr[i])
+    places = np.empty(most_words, np.uint32)
     for s in range(level[8], level[9]):
         _score_part(
             parts[s],
@@ -329,7 +294,7 @@ def _score_level(
             clusters,
             starts,
             where,
-            most_words,
+            places,
             scores,
         )
     return outs, scores
@@ -365,8 +330,8 @@ def descend(
     for t in range(levels.shape[0]):
         level = levels[t]
         outs, raw = _score_level(level, parts, like, like_dense, x_ptr, x_idx, x_val, x_dense, where, ptr, ids)
-        child_ptr = carray(_pointer(level[0], np.int64), (_ENDLESS,))
-        labels = carray(_pointer(level[2], np.int64), (level[3],))
+        child_ptr = carray(pointer(level[0], np.int64), (_ENDLESS,))
+        labels = carray(pointer(level[2], np.int64), (level[3],))
         settings = (level[4], level[5], level[6], level[7])
         ptr, ids, scores = keep_best(ptr, ids, scores, outs, child_ptr, raw, labels, settings)
     return ptr, ids, scores
@@ -391,6 +356,6 @@ def step_to(
 ) -> F32:
     """Scores of given nodes of one level, whose parents are all among ``ids``; both ascending in a document."""
     outs, raw = _score_level(level, parts, like, like_dense, x_ptr, x_idx, x_val, x_dense, where, ptr, ids)
-    child_ptr = carray(_pointer(level[0], np.int64), (_ENDLESS,))
+    child_ptr = carray(pointer(level[0], np.int64), (_ENDLESS,))
     settings = (level[4], level[5], level[6], level[7])
     return keep_given(ptr, ids, scores, outs, child_ptr, raw, settings, wanted_ptr, wanted)

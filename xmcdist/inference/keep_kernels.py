@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -15,7 +16,6 @@ F32 = NDArray[np.float32]
 Settings = tuple[int, int, int, int]  # how many are kept; kind, power and log of the post-processor
 
 NOOP, SIGMOID, HINGE = 0, 1, 2
-_FEW = 48  # ids sorted by insertion
 
 
 @njit(cache=True, nogil=True)
@@ -64,7 +64,7 @@ def keep_best(
     out_ids, out = np.empty(room, np.int64), np.empty(room, np.float32)
     best_ids, best = np.empty(k, np.int64), np.empty(k, np.float32)
     for i in range(n):
-        kept = 0
+        kept: Any = np.int64(0)  # a plain 0 is a type of its own, and all would be compiled once more
         for r in range(parent_ptr[i], parent_ptr[i + 1]):
             p, parent = parents[r], parent_scores[r]
             if kept == k and kind != NOOP and parent < best[k - 1]:
@@ -89,8 +89,8 @@ def keep_best(
                 kept = _insert(best_ids, best, kept, k, label, final)
         _sort_by_id(best_ids, best, kept)
         start = out_ptr[i]
-        out_ids[start : start + kept] = best_ids[:kept]
-        out[start : start + kept] = best[:kept]
+        for j in range(kept):
+            out_ids[start + j], out[start + j] = best_ids[j], best[j]
         out_ptr[i + 1] = start + kept
     return out_ptr, out_ids[: out_ptr[n]], out[: out_ptr[n]]
 
@@ -127,17 +127,19 @@ def keep_given(
 
 @njit(cache=True, nogil=True)
 def _sort_by_id(ids: I64, scores: F32, size: int) -> None:
-    if size > _FEW:
-        order = np.argsort(ids[:size])
-        ids[:size], scores[:size] = ids[order], scores[order]
-        return
-    for a in range(1, size):
-        node, score = ids[a], scores[a]
-        b = a
-        while b > 0 and ids[b - 1] > node:
-            ids[b], scores[b] = ids[b - 1], scores[b - 1]
-            b -= 1
-        ids[b], scores[b] = node, score
+    """Shell sort with Knuth's gaps: rows are short, and the library's sort takes seconds to compile."""
+    gap: Any = np.int64(1)
+    while gap < size // 3:
+        gap = 3 * gap + 1
+    while gap > 0:
+        for a in range(gap, size):
+            node, score = ids[a], scores[a]
+            b = a
+            while b >= gap and ids[b - gap] > node:
+                ids[b], scores[b] = ids[b - gap], scores[b - gap]
+                b -= gap
+            ids[b], scores[b] = node, score
+        gap //= 3
 
 
 @njit(cache=True, nogil=True)

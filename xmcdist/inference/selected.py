@@ -92,7 +92,9 @@ def score_selected(
         return wanted
 
     done = each(run, range(0, n, docs), threads)
-    return sp.csr_matrix(sp.vstack(done, format="csr")) if done else sp.csr_matrix(selected.shape, dtype=np.float32)
+    if not done:
+        return sp.csr_matrix(np.zeros(selected.shape, np.float32))
+    return sp.csr_matrix(sp.vstack(done, format="csr"))
 
 
 _SLOTS: WeakKeyDictionary[LinearTree, Ragged] = WeakKeyDictionary()

@@ -46,7 +46,8 @@ _LEAST_DOCS = 64  # fewer are not worth a thread: a cluster's weights should ser
 _FEW_DOCS = 16  # fewer are not worth a table of all features
 _KINDS = {"noop": keep_kernels.NOOP, "sigmoid": keep_kernels.SIGMOID, "hinge": keep_kernels.HINGE}
 _NO_IDS = np.zeros(0, np.int64)
-_WHOLE, _HALF = np.zeros(0, np.float32), np.zeros(0, np.uint16)
+_WHOLE: NDArray[Any] = np.zeros(0, np.float32)
+_HALF: NDArray[Any] = np.zeros(0, np.uint16)
 _LIKE = {"float32": (_WHOLE, _WHOLE), "mixed": (_WHOLE, _HALF), "float16": (_HALF, _HALF)}
 
 
@@ -100,12 +101,13 @@ class Tables:
     @classmethod
     def of(cls, steps: Sequence[Step]) -> Tables:
         """Tables of levels that follow each other."""
-        levels, parts = [], []
+        levels: list[list[int]] = []
+        parts: list[list[int]] = []
         for step in steps:
             first = len(parts)
             for p in step.weights.parts:
-                arrays = (p.cluster_ptr, p.chunk_node, p.chunk_ptr, p.entry_start, p.entry_offset, p.feature)
-                arrays += (p.child, p.value, p.dense, p.bias)
+                arrays: list[NDArray[Any]] = [p.cluster_ptr, p.chunk_node, p.chunk_ptr, p.entry_start, p.entry_offset]
+                arrays += [p.feature, p.child, p.value, p.dense, p.bias]
                 parts.append([p.first_cluster, p.num_clusters, p.num_dense, *(a.ctypes.data for a in arrays)])
             post, ids = step.post, step.ids
             place = [step.child_ptr.ctypes.data, step.child_ptr.size - 1, ids.ctypes.data, ids.size]
@@ -131,13 +133,14 @@ class Block:
 
     def descend(self, tables: Tables, rows: Rows) -> Rows:
         """From the kept nodes above the first of some levels to those of the last."""
-        best: Rows = kernels.descend(tables.levels, tables.parts, *tables.like, *self.x, *rows)
+        args: Any = (*self.x, *rows)
+        best: Rows = kernels.descend(tables.levels, tables.parts, *tables.like, *args)
         return best
 
     def score(self, tables: Tables, rows: Rows, wanted_ptr: I64, wanted: I64) -> F32:
         """Scores of given nodes of one level whose parents are all among the rows'."""
-        level = tables.levels[0]
-        scores: F32 = kernels.step_to(level, tables.parts, *tables.like, *self.x, *rows, wanted_ptr, wanted)
+        args: Any = (*self.x, *rows, wanted_ptr, wanted)
+        scores: F32 = kernels.step_to(tables.levels[0], tables.parts, *tables.like, *args)
         return scores
 
 

@@ -22,16 +22,21 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from xmcdist.rankers.layout import (
+    I64,
+    STEP,
+    Chunk,
+    by_chunk,
+    chunk_starts,
+    clusters_of,
+    entry_pointers,
+    split_chunk,
+)
 from xmcdist.rankers.part_file import read_arrays, write_arrays
 
-__all__ = ["CHUNK", "DTYPES", "Chunk", "WeightPart"]
+__all__ = ["DTYPES", "Chunk", "WeightPart"]
 
-CHUNK = 256  # most children of a chunk: a child is one byte
 DTYPES = {"float32": ("float32", "float32"), "mixed": ("float32", "float16"), "float16": ("float16", "float16")}
-_STEP = 8  # log2 of how many entries share a start: 255 entries of 256 weights stay below 2**16
-
-I64 = NDArray[np.int64]
-Chunk = tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]  # features, weights of each, child, value
 
 _ARRAYS: dict[str, tuple[str, ...]] = {
     "cluster_ptr": ("int64",),
@@ -105,7 +110,7 @@ class WeightPart:
             ("cluster_ptr", self.cluster_ptr[-1] <= chunks if self.cluster_ptr.size else False, True),
             ("feature", entries, int(self.chunk_ptr[-1]) if chunks >= 0 else -1),
             ("entry_offset", self.entry_offset.size, entries + 1),
-            ("entry_start", self.entry_start.size, (entries >> _STEP) + 1),
+            ("entry_start", self.entry_start.size, (entries >> STEP) + 1),
             ("child", self.child.size, weights),
             ("value", self.value.size, weights),
             ("bias", self.bias.size, nodes),
@@ -146,7 +151,7 @@ class WeightPart:
 
     def _starts(self, entries: NDArray[Any]) -> I64:
         """Where the weights of some entries begin."""
-        starts: I64 = self.entry_start[entries >> _STEP] + self.entry_offset[entries]
+        starts: I64 = self.entry_start[entries >> STEP] + self.entry_offset[entries]
         return starts
 
     def cluster_weights(self) -> I64:
@@ -217,7 +222,7 @@ class WeightPart:
         start, stop = max(start, own[0]), min(stop, own[1])
         if start >= stop:
             return ()
-        first, last = _clusters_of(child_ptr, start, stop)
+        first, last = clusters_of(child_ptr, start, stop)
         edges = np.clip(child_ptr[first : last + 1], *own)
         low, high = first + int(start > edges[0]), last - int(stop < edges[-1])  # clusters that stay whole
         runs = [(first, low), (low, high), (high, last)] if low <= high else [(first, last)]
@@ -282,7 +287,7 @@ class WeightPart:
             raise ValueError(f"{rows.shape[0]} sparse rows, {n} bias terms, {child_ptr[-1]} nodes in the level")
         if matrix.shape[0] != n:
             raise ValueError(f"{matrix.shape[0]} dense rows for {n} nodes")
-        first, last = _clusters_of(child_ptr, first_node, first_node + n)
+        first, last = clusters_of(child_ptr, first_node, first_node + n)
         bounds = np.clip(child_ptr[first : last + 1], first_node, first_node + n)
         node = rows.row.astype(np.int64) + first_node
         return _from_triples(
@@ -321,10 +326,10 @@ class WeightPart:
 
         Memory: the result and, array by array, the chunks.
         """
-        edges, cluster_ptr = _chunk_starts(bounds)
+        edges, cluster_ptr = chunk_starts(bounds)
         pieces: list[Chunk] = []
         for c, chunk in enumerate(chunks):
-            pieces += _split(chunk, int(cluster_ptr[c + 1] - cluster_ptr[c]))
+            pieces += split_chunk(chunk, int(cluster_ptr[c + 1] - cluster_ptr[c]))
         chunks.clear()
         empty: Chunk = (np.zeros(0, np.uint32), np.zeros(0, np.uint16), np.zeros(0, np.uint8), np.zeros(0, np.float32))
         sizes = np.array([0, *(p[0].size for p in pieces)], np.int64)
@@ -334,7 +339,7 @@ class WeightPart:
         while fields:  # one after the other, each freed before the next is copied
             joined.append(np.concatenate(fields.pop(0)))
         feature, counts, child, value = joined
-        start, offset = _pointers(counts)
+        start, offset = entry_pointers(counts)
         return cls(
             first_cluster=first_cluster,
             num_sparse=num_sparse,
@@ -345,7 +350,7 @@ class WeightPart:
             entry_start=start,
             feature=feature,
             value=value,
-            dense=_by_chunk(np.ascontiguousarray(dense, np.float32), edges),
+            dense=by_chunk(np.ascontiguousarray(dense, np.float32), edges),
             bias=np.ascontiguousarray(bias, np.float32),
             entry_offset=offset,
             child=child,
@@ -368,8 +373,9 @@ class WeightPart:
             ValueError: the file is missing, damaged, or its arrays do not fit each other.
         """
         arrays, scalars = read_arrays(path, tuple(_ARRAYS), verify=verify)
+        given: dict[str, Any] = {**scalars, **arrays}
         try:
-            part = cls(**scalars, **arrays)
+            part = cls(**given)
             if not part._is_whole:
                 raise ValueError("cluster_ptr: does not point to all chunks")
             return part
@@ -388,14 +394,14 @@ def _from_triples(
     num_sparse: int,
 ) -> WeightPart:
     """A part from (node, feature, value) in any order; ``bounds`` as in `WeightPart.from_chunks`."""
-    edges, cluster_ptr = _chunk_starts(bounds)
+    edges, cluster_ptr = chunk_starts(bounds)
     chunk = np.searchsorted(edges, node, side="right") - 1
     order = np.lexsort((node, feature, chunk))
     node, chunk, feature = node[order], chunk[order], feature[order]
     new = np.ones(node.size, bool)
     new[1:] = (np.diff(chunk) != 0) | (feature[1:] != feature[:-1])
     firsts = np.flatnonzero(new)
-    start, offset = _pointers(np.diff(np.append(firsts, node.size)))
+    start, offset = entry_pointers(np.diff(np.append(firsts, node.size)))
     return WeightPart(
         first_cluster=first_cluster,
         num_sparse=num_sparse,
@@ -406,62 +412,8 @@ def _from_triples(
         entry_start=start,
         feature=feature[firsts].astype(np.uint32),
         value=value[order],
-        dense=_by_chunk(np.array(dense, np.float32, order="C"), edges),
+        dense=by_chunk(np.array(dense, np.float32, order="C"), edges),
         bias=bias,
         entry_offset=offset,
         child=(node - edges[chunk]).astype(np.uint8),
     )
-
-
-def _chunk_starts(bounds: I64) -> tuple[I64, I64]:
-    """First nodes of the chunks, with the end, ``[B+1]``; chunks of each cluster, ``[C+1]``.
-
-    Args:
-        bounds: ``[C+1]`` where the nodes of each cluster begin, with the end; or ``[1]``: none.
-    """
-    chunks = -(-np.diff(bounds) // CHUNK)
-    cluster_ptr = np.concatenate([[0], np.cumsum(chunks)]).astype(np.int64)
-    place = np.arange(cluster_ptr[-1]) - np.repeat(cluster_ptr[:-1], chunks)
-    return np.append(np.repeat(bounds[:-1], chunks) + place * CHUNK, bounds[-1]).astype(np.int64), cluster_ptr
-
-
-def _split(chunk: Chunk, parts: int) -> list[Chunk]:
-    """The weights of one cluster as chunks of at most 256 children."""
-    feature, counts, child, value = chunk
-    if parts == 1:
-        return [(feature.astype(np.uint32, copy=False), counts.astype(np.uint16), child.astype(np.uint8), value)]
-    entry = np.repeat(np.arange(feature.size), counts)
-    out: list[Chunk] = []
-    for k in range(parts):
-        kept = child // CHUNK == k
-        found = np.bincount(entry[kept], minlength=feature.size)
-        some = found > 0
-        own = (child[kept] % CHUNK).astype(np.uint8)
-        out.append((feature[some].astype(np.uint32), found[some].astype(np.uint16), own, value[kept]))
-    return out
-
-
-def _pointers(counts: NDArray[Any]) -> tuple[I64, NDArray[np.uint16]]:
-    """Where the weights of each entry begin, and where the last end: ``entry_start``, ``entry_offset``."""
-    starts = np.zeros(counts.size + 1, np.int64)
-    np.cumsum(counts, out=starts[1:])
-    shared = np.ascontiguousarray(starts[:: 1 << _STEP])
-    offsets = starts - np.repeat(shared, 1 << _STEP)[: starts.size]
-    return shared, offsets.astype(np.uint16)
-
-
-def _by_chunk(dense: NDArray[Any], edges: I64) -> NDArray[Any]:
-    """Rows ``[n, d]`` as one ``[d, nodes]`` matrix a chunk, flat; in their place, which they lose."""
-    flat, width = dense.reshape(-1), dense.shape[1]
-    for a, b in pairwise(edges - edges[0]):
-        flat[a * width : b * width] = dense[a:b].T.ravel()  # a copy, except of one row or column
-    return flat
-
-
-def _clusters_of(child_ptr: I64, start: int, stop: int) -> tuple[int, int]:
-    """Half-open range of the clusters that have a child in ``[start, stop)``; empty for no nodes."""
-    if start >= stop:
-        first = int(np.searchsorted(child_ptr, start, side="left"))
-        return first, first
-    first = int(np.searchsorted(child_ptr, start, side="right")) - 1
-    return first, int(np.searchsorted(child_ptr, stop, side="left"))
