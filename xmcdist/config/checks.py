@@ -35,6 +35,8 @@ _CHOICES: dict[str, Sequence[str]] = {
     "ranker.features": ("both", "sparse", "dense"),
     "ranker.tree_start": ("tree", "random"),
     "ranker.negative_weight": ("none", "score"),
+    "ranker.weights_dtype": ("float32", "mixed", "float16"),
+    "ranker.device": ("auto", "cpu", "cuda"),
     "engine.name": ("cpu", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"),
     "engine.precision": ("fp32", "bf16", "auto"),
     "tracker.name": ("jsonl", "wandb"),

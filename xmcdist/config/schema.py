@@ -152,6 +152,7 @@ class RankerConfig:
     bias: float = 1.0  # value of the bias feature; 0 turns it off
     threshold: float = 0.1  # smaller sparse weights are dropped
     max_nonzeros_per_label: int | None = None
+    weights_dtype: str = "float32"  # float32 | mixed | float16: of the model; mixed: float16 for dense features
     cost_sensitive: bool = False  # weigh positives by the l1-normalised relevance induced up the tree
     negatives: list[str] = field(default_factory=lambda: ["tfn"])  # tfn | man | tfn+man per level, last repeated
     negative_weight: str = "none"  # none | score: negatives that were retrieved weigh by their score
@@ -161,6 +162,7 @@ class RankerConfig:
     last_post_processor: str | None = None  # null: as post_processor; noop ranks by the raw leaf score
     features: str = "both"  # both | sparse | dense: TF-IDF, embedding, or their concatenation
     tree_start: str = "tree"  # tree | random: what the refined tree's k-means starts from
+    device: str = "auto"  # auto | cpu | cuda: auto takes a GPU when there is one and it has the solver
 
 
 @dataclass

@@ -19,6 +19,7 @@ from xmcdist.negatives.schemes import active_parents
 from xmcdist.parallel.collectives import all_gather_ragged, all_reduce_array, gather_objects
 from xmcdist.pipelines.levels import per_level, root_rows
 from xmcdist.pipelines.run import Run
+from xmcdist.rankers.device_solver import ranker_device, solve_level_on_device
 from xmcdist.rankers.model import LinearTree
 from xmcdist.rankers.partition import level_costs, member_sizes, node_ranges
 from xmcdist.rankers.solver import SolverParams, solve_level
@@ -47,14 +48,15 @@ def rank_stages(run: Run, prefix: str, features: Features, tree_folder: Path, af
         The model over all levels, memory-mapped.
     """
     tree = LabelTree.load(tree_folder / "tree")
+    r = run.cfg.ranker
+    device = ranker_device(r.device, _solver_params(run, 1).solver, run.world.local_rank, run.log.say)
     above: Path | None = None
     levels = []
     for t in range(1, tree.depth + 1):
         name = f"{prefix}-{t}"
-        above = _level_stage(run, name, t, features, tree, tree_folder, above, after)
+        above = _level_stage(run, name, t, features, tree, tree_folder, above, after, device)
         after = (*after, name)
         levels.append(LevelWeights.load(above / "weights"))
-    r = run.cfg.ranker
     return LinearTree(
         tree=tree,
         levels=tuple(levels),
@@ -75,20 +77,11 @@ def _level_stage(
     tree_folder: Path,
     above: Path | None,
     after: tuple[str, ...],
+    device: torch.device | None,
 ) -> Path:
     cfg, child_ptr = run.cfg.ranker, tree.child_ptr[t - 1]
     later_is_man = any("man" in per_level(cfg.negatives, u) for u in range(t + 1, tree.depth + 1))
-    params = SolverParams(
-        Cp=per_level(cfg.Cp, t),
-        Cn=per_level(cfg.Cn, t),
-        eps=cfg.eps,
-        max_iter=cfg.max_iter,
-        bias=cfg.bias,
-        threshold=cfg.threshold,
-        max_nonzeros_per_label=cfg.max_nonzeros_per_label,
-        seed=run.cfg.seed,
-        weighted_negatives=cfg.negative_weight == "score",
-    )
+    params = _solver_params(run, t)
 
     def body(folder: Path) -> None:
         Y_t = open_csr(tree_folder / f"Y.level-{t}")
@@ -102,15 +95,45 @@ def _level_stage(
         run.world.barrier()
         M, mine = open_csr(folder / "M"), nodes[run.world.rank]
         before = time.process_time()
-        weights = solve_level(features, Y_t, M, child_ptr, params, relevance, nodes=mine)
+        if device is None:
+            weights = solve_level(features, Y_t, M, child_ptr, params, relevance, nodes=mine)
+        else:
+            weights = solve_level_on_device(
+                features,
+                Y_t,
+                M,
+                child_ptr,
+                params,
+                relevance,
+                nodes=mine,
+                device=device,
+                sharers=-(-run.world.local_world_size // max(torch.cuda.device_count(), 1)),
+                say=run.log.say,
+            )
         seconds = time.process_time() - before
-        weights.save(folder / "weights", run.world.rank, run.world.world_size)
+        weights.astype(cfg.weights_dtype).save(folder / "weights", run.world.rank, run.world.world_size)
         _tell_balance(run, name, t, folder, seconds)
         run.world.barrier()
         if later_is_man:
             _predict(run, folder, features, child_ptr, above)
 
     return run.stages.run(name, run.inputs("ranker", "seed", after=after, level=t), body)
+
+
+def _solver_params(run: Run, t: int) -> SolverParams:
+    """How level t is solved."""
+    cfg = run.cfg.ranker
+    return SolverParams(
+        Cp=per_level(cfg.Cp, t),
+        Cn=per_level(cfg.Cn, t),
+        eps=cfg.eps,
+        max_iter=cfg.max_iter,
+        bias=cfg.bias,
+        threshold=cfg.threshold,
+        max_nonzeros_per_label=cfg.max_nonzeros_per_label,
+        seed=run.cfg.seed,
+        weighted_negatives=cfg.negative_weight == "score",
+    )
 
 
 def _predict(run: Run, folder: Path, features: Features, child_ptr: NDArray[np.int64], above: Path | None) -> None:

@@ -31,6 +31,7 @@ _FREE = {
     "engine.timeout_s",
     "encoder.gradient_checkpointing",
     "matcher.scoring",
+    "ranker.device",
 }
 _FREE_GROUPS = {"tracker", "checkpoint", "evaluation"}
 

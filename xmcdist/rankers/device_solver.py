@@ -88,7 +88,7 @@ def ranker_device(wanted: str, solver: str, local_rank: int, say: Say) -> torch.
         return None
     if not torch.cuda.is_available():
         if wanted == "cuda":
-            say("ranker.device=cuda: there is no CUDA device here; rankers are solved on the CPU")
+            say("ranker.device=cuda: there is no CUDA device here, rankers are solved on the CPU")
         return None
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
@@ -341,7 +341,7 @@ def _full_float32() -> Iterator[None]:
 
 
 def _no_solver(solver: str) -> str:
-    return f"ranker.solver={solver} has no GPU form, its loss is not smooth; rankers are solved on the CPU"
+    return f"rankers: {solver} has no GPU form, its loss is not smooth; they are solved on the CPU"
 
 
 def _nobody(text: str) -> None:
