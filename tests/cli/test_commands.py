@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.sparse as sp
 
+from tests.helpers.pecos_model import Chain
 from tests.helpers.toy import write_jsonl, write_text_folder
 
 
@@ -33,6 +37,8 @@ def test_help_of_everything() -> None:
         ("train", "matcher"),
         ("predict", "text_column"),
         ("evaluate", "model"),
+        ("calibrate", "split"),
+        ("import-pecos", "label_frequency"),
         ("tree", "cluster"),
         ("env", "usage"),
     ):
@@ -60,6 +66,12 @@ def test_an_unknown_command_names_the_nearest() -> None:
         (("train", "dataset.path=/nowhere/at/all", "encoder=none", "run_dir=RUN"), "/nowhere/at/all"),
         (("predict", "model=/nowhere", "input=/nowhere", "output=out.jsonl"), "input=/nowhere does not exist"),
         (("evaluate", "model=/nowhere", "dataset.path=x"), "no model folder"),
+        (("evaluate", "model=[/nowhere,x]", "dataset.path=x"), "no model folder"),
+        (("evaluate", "model=x", "ensemble=rank", "dataset.path=x"), "ensemble=rank needs several models"),
+        (("calibrate", "model=/nowhere", "dataset.path=x"), "no model folder"),
+        (("calibrate", "model=/nowhere", "dataset.path=x", "method=spline"), "is none of isotonic, platt"),
+        (("import-pecos", "source=/nowhere", "output=out"), "source=/nowhere is no folder"),
+        (("import-pecos", "sauce=x"), "did you mean 'source'"),
         (("tree", "show"), "give one of run_dir=RUN or model="),
         (("tree", "draw"), "there is only `tree show`"),
     ],
@@ -116,6 +128,25 @@ def test_predict_evaluate_and_tree_from_another_folder(linear_run: Path, tmp_pat
     assert "no label reads 'no such thing'" in missing.stderr
 
 
+def test_a_linear_model_is_opened_and_answers_without_torch(linear_run: Path) -> None:
+    """Nor is the vocabulary read, with what it needs, before the first text comes."""
+    code = f"import sys, xmcdist; m = xmcdist.load({str(linear_run / 'run' / 'model')!r}); "
+    code += "assert 'sklearn' not in sys.modules; a = m.predict(['w0 w1'], k=1); assert 'torch' not in sys.modules; "
+    code += "print(a[0][0].label_id)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+def test_a_damaged_vocabulary_is_told_in_one_line(linear_run: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(linear_run / "run" / "model", tmp_path / "model")
+    (model / "tfidf" / "idf.npy").write_bytes(b"short")
+    (tmp_path / "docs.txt").write_text("w0 w1\n")
+    done = _xmcdist("predict", f"model={model}", "input=docs.txt", "output=out.jsonl", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "holds no whole TF-IDF vocabulary" in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_a_second_start_skips_every_stage_and_another_setting_is_refused(linear_run: Path) -> None:
     args = ("train", f"dataset.path={linear_run / 'data'}", f"run_dir={linear_run / 'run'}", "encoder=none")
     again = _xmcdist(*args, "tree.max_leaf_size=5")
@@ -134,3 +165,32 @@ def test_prepare_tells_counts_and_is_reused(tmp_path: Path) -> None:
     stamp = (tmp_path / "p" / "manifest.json").stat().st_mtime_ns
     assert _xmcdist("prepare", f"dataset.path={path}", f"dataset.prepared={tmp_path / 'p'}").returncode == 0
     assert (tmp_path / "p" / "manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_from_a_pecos_folder_to_probabilities(tmp_path: Path) -> None:
+    """import-pecos, evaluate, calibrate, predict, as a person moving over types them."""
+    chain = Chain(topk=(3, 3, 6))
+    chain.write(tmp_path / "pecos")
+    best = [max(row, key=lambda j: (row[j], -j)) for row in chain.scores(3)]
+    (tmp_path / "data").mkdir()
+    Y = sp.csr_matrix((np.ones(9, np.float32), (np.arange(9), best)), shape=(9, 20))
+    X = sp.csr_matrix(chain.X)
+    for split, rows in (("trn", slice(0, 3)), ("tst", slice(0, 9))):
+        sp.save_npz(tmp_path / "data" / f"X.{split}.npz", X[rows])
+        sp.save_npz(tmp_path / "data" / f"Y.{split}.npz", Y[rows])
+    done = _xmcdist("import-pecos", "source=pecos", "output=model", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "model: 20 labels, levels 3 > 7 > 20" in done.stdout
+    assert "note: labels are named by their numbers" in done.stdout
+    done = _xmcdist("evaluate", "model=model", "dataset.path=data", "output=m.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "m.json").read_text())["metrics"]["P@1"] == 100
+    done = _xmcdist("calibrate", "model=model", "dataset.path=data", "method=platt", "k=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "platt on 9 documents, 27 labels, 33.3% of them right" in done.stdout
+    done = _xmcdist("predict", "model=model", "input=data/X.tst.npz", "output=out.jsonl", "k=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line)["labels"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row[0]["id"] for row in rows] == best
+    assert all(0 < row[1]["probability"] <= row[0]["probability"] < 1 for row in rows)
+    assert all(row[0]["label"] == str(row[0]["id"]) for row in rows)

@@ -31,9 +31,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _config(folder: Path, model: Path, **more: object) -> CalibrateConfig:
+def _config(folder: Path, place: Path, **more: object) -> CalibrateConfig:
     data = DatasetConfig(path=str(folder / "data"), prepared=str(folder / "run" / "prepared"))
-    return CalibrateConfig(**{"model": str(model), "dataset": data, "k": 6, **more})  # type: ignore[arg-type]
+    return CalibrateConfig(**{"model": str(place), "dataset": data, "k": 6, **more})  # type: ignore[arg-type]
 
 
 def _copy(folder: Path, to: Path) -> Path:

@@ -1,12 +1,14 @@
 """A trained model folder, ready to answer: texts in, labels with scores out, on a CPU.
 
 Needs nothing of the training data.  The rankers are memory-mapped, so opening is quick and
-processes on one machine share them; torch is imported only when the model has an encoder.
+processes on one machine share them; the TF-IDF vocabulary is read when the first text comes,
+and torch is imported only when the model has an encoder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -68,14 +70,15 @@ class Predictor:
         label_texts: TextStore,
         label_frequency: NDArray[np.int64] | None,
         meta: dict[str, Any],
-        tfidf: Tfidf | None,
+        tfidf: Path | None,
         embedder: TextEmbedder | None,
         *,
         calibration: Calibration | None = None,
         is_part: bool = False,
     ) -> None:
         self.rankers, self.label_texts, self.label_frequency = rankers, label_texts, label_frequency
-        self.meta, self.tfidf, self.embedder = meta, tfidf, embedder
+        self.meta, self.embedder = meta, embedder
+        self._tfidf_folder = tfidf
         self.calibration, self.is_part = calibration, is_part
 
     @classmethod
@@ -113,11 +116,20 @@ class Predictor:
             TextStore(folder, "label_texts"),
             open_array(folder / "label_frequency.npy", "int64") if meta["num_train"] is not None else None,
             meta,
-            Tfidf.load(folder / "tfidf") if meta["tfidf"] else None,
+            folder / "tfidf" if meta["tfidf"] else None,
             embedder,
             calibration=Calibration.load(folder),
             is_part=part[1] > 1,
         )
+
+    @cached_property
+    def tfidf(self) -> Tfidf | None:
+        """The vocabulary, read when the first text comes.
+
+        Raises:
+            UserError: a file of it is missing or damaged.
+        """
+        return None if self._tfidf_folder is None else Tfidf.load(self._tfidf_folder)
 
     @property
     def num_labels(self) -> int:
@@ -137,11 +149,11 @@ class Predictor:
     @property
     def wants_features(self) -> bool:
         """The sparse features came with the data, so they must be given here too."""
-        return self.rankers.num_sparse > 0 and self.tfidf is None
+        return self.rankers.num_sparse > 0 and self._tfidf_folder is None
 
     @property
     def wants_text(self) -> bool:
-        return self.tfidf is not None or self.embedder is not None
+        return self._tfidf_folder is not None or self.embedder is not None
 
     def predict(
         self,
