@@ -41,6 +41,7 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Lanes = NDArray[Any]  # rows of one number a lane, float32 or float64
 
+_16, _8, _4 = (0,) * 16, (0,) * 8, (0,) * 4
 _FAR, _NEAR = np.int64(4), np.int64(2)  # how many documents ahead data and weights are asked for
 
 
@@ -62,12 +63,14 @@ def _fill(
 ) -> None:
     """Put the nodes ``[a, b)`` into the lanes; everything starts from zero."""
     member, positive, cost, alpha, weights, dense, bias = state
-    alpha[:], weights[:], dense[:], bias[:] = 0.0, 0.0, 0.0, 0.0
-    member[:], positive[:] = 0, 0
+    for start in (alpha, weights, dense, bias):
+        start.fill(0.0)
+    member.fill(0)
+    positive.fill(0)
     everyone = np.uint16((1 << (b - a)) - 1)
     for i in shared:
         member[i] = everyone
-        cost[i, :] = negative[i] if hinge else 0.5 / negative[i]
+        cost[i] = negative[i] if hinge else 0.5 / negative[i]
     for node in range(a, b):
         lane = np.uint16(1 << (node - a))
         for k in range(pos_ptr[node], pos_ptr[node + 1]):
@@ -85,16 +88,22 @@ def _wanted(order: U32, extra: U32, ids: I64, active: U16, live: np.uint16, key:
     or behind the last; before which depends on nothing else than the document and the pass,
     so that the order of a node's documents does not depend on other nodes' positives.
     """
-    count, at = 0, 0
-    places = np.empty(extra.size, np.uint64)
+    first = np.zeros(order.size + 2 if extra.size else 1, np.int64)  # where extra documents of each place start
+    places, sorted_extra = np.empty(extra.size, np.int64), np.empty(extra.size, np.uint32)
     for e in range(extra.size):
         document = np.uint64(ids[extra[e]] if ids.size else extra[e])
         bits = next_random(key ^ next_random(document)[1])[1] >> np.uint64(32)
-        places[e] = (bits * np.uint64(order.size + 1)) >> np.uint64(32)
-    by_place = np.argsort(places, kind="mergesort")
+        places[e] = np.int64((bits * np.uint64(order.size + 1)) >> np.uint64(32))
+        first[places[e] + 1] += 1
+    for q in range(first.size - 1):
+        first[q + 1] += first[q]
+    for e in range(extra.size):  # leaves in first[q] where those of place q end
+        sorted_extra[first[places[e]]] = extra[e]
+        first[places[e]] += 1
+    count, at = 0, 0
     for q in range(order.size + 1):
-        while at < extra.size and places[by_place[at]] == np.uint64(q):
-            i = extra[by_place[at]]
+        while at < extra.size and at < first[q]:
+            i = sorted_extra[at]
             if active[i] & live:
                 visit[count] = i
                 count += 1
@@ -118,19 +127,20 @@ def _pass(
     value: float,
     state: _State,
     visit: U32,
+    count: int,
     active: U16,
     live: np.uint16,
     bounds: Lanes,
     hinge: bool,
 ) -> np.uint16:
-    """Visit every document once; gives the lanes that left some out."""
+    """Visit ``visit[:count]`` once; gives the lanes that left some out."""
     _, positive, cost, alpha, weights, dense_weights, bias = state
     lanes, one = len(width), np.uint32(1)
     margin, step = np.empty((1, lanes), alpha.dtype), np.empty((1, lanes), alpha.dtype)
     left = np.uint16(0)
-    for q in range(visit.size):
+    for q in range(count):
         i = visit[q]
-        if q + _FAR < visit.size:
+        if q + _FAR < count:
             far, near = visit[q + _FAR], visit[q + _NEAR]
             prefetch(cols, indptr[far], indptr[far + one])
             prefetch(vals, indptr[far], indptr[far + one])
@@ -145,8 +155,8 @@ def _pass(
         done = dual_step(width, on, positive[i], margin, np.uint64(i), alpha, cost, norms[i], bounds, hinge, step)
         gone = np.uint16(on & ~np.uint16(done & np.uint32(0xFFFF)))
         if gone:
-            active[i] &= np.uint16(~gone)
-            left |= gone
+            active[i] = np.uint16(active[i] & ~gone)
+            left = np.uint16(left | gone)
         if done >> np.uint32(16):
             add_sparse(width, cols, vals, begin, end, weights, step)
             if dense_weights.size:
@@ -158,7 +168,6 @@ def _pass(
 
 @njit(cache=True, nogil=True)
 def _descend(
-    width: tuple[int, ...],
     indptr: U64,
     cols: U32,
     vals: F32,
@@ -175,72 +184,80 @@ def _descend(
     max_iter: int,
 ) -> None:
     """Solve the nodes in the lanes; each stops by itself."""
-    member = state.member
+    member, lanes = state.member, state.alpha.shape[1]
     active, order, visit = member.copy(), shared.copy(), np.empty(member.size, np.uint32)
-    bounds = np.empty((4, len(width)), state.alpha.dtype)
-    bounds[0], bounds[1] = np.inf, -np.inf
+    bounds = np.empty((4, lanes), state.alpha.dtype)
     live, left = np.uint16(0), np.uint16(0)
     for i in range(member.size):
-        live |= member[i]
+        live = np.uint16(live | member[i])
+    for j in range(lanes):
+        bounds[0, j], bounds[1, j] = np.inf, -np.inf
     for _ in range(max_iter):
-        if not live:
-            break
         key = shuffle(order, order.size, key)
         count = _wanted(order, extra, ids, active, live, key, visit)
-        bounds[2], bounds[3] = -np.inf, np.inf
-        left |= _pass(width, indptr, cols, vals, dense, norms, value, state, visit[:count], active, live, bounds, hinge)
+        for j in range(lanes):
+            bounds[2, j], bounds[3, j] = -np.inf, np.inf
+        matrix = (indptr, cols, vals, dense, norms, value, state, visit, count, active, live, bounds, hinge)
+        if lanes == 16:
+            gone = _pass(_16, *matrix)
+        elif lanes == 8:
+            gone = _pass(_8, *matrix)
+        else:
+            gone = _pass(_4, *matrix)
+        left = np.uint16(left | gone)
         back = np.uint16(0)
-        for j in range(len(width)):
+        for j in range(lanes):
             lane, high, low = np.uint16(1 << j), bounds[2, j], bounds[3, j]
             bounds[0, j] = high if high > 0.0 else np.inf
             bounds[1, j] = low if low < 0.0 else -np.inf
             if live & lane and high - low <= eps:
                 if left & lane:  # check the documents that were left out
-                    back |= lane
+                    back = np.uint16(back | lane)
                     bounds[0, j], bounds[1, j] = np.inf, -np.inf
                 else:
-                    live &= np.uint16(~lane)
+                    live = np.uint16(live & ~lane)
         if back:
-            left &= np.uint16(~back)
+            left = np.uint16(left & ~back)
             for i in range(member.size):
-                active[i] |= member[i] & back
+                active[i] = np.uint16(active[i] | (member[i] & back))
+        if not live:
+            break
 
 
 @njit(cache=True, nogil=True)
-def _keep(weights: Lanes, by_feature: I64, m: int, threshold: float, limit: int) -> tuple[I64, U32, F32]:
-    """The weights worth keeping of the first m lanes, node by node and in feature order."""
-    counts = np.zeros(m, np.int64)
+def _keep(
+    weights: Lanes, by_feature: I64, m: int, threshold: float, counts: I64, ranks: U32, values: F32, used: int
+) -> tuple[U32, F32]:
+    """Append the weights of the first m lanes that are worth keeping, node by node and in feature order.
+
+    Gives the lists, which are new ones if the old were too short; counts becomes those of the m nodes.
+    """
     for r in range(by_feature.size):
         for j in range(m):
             size = abs(np.float32(weights[r, j]))
             counts[j] += size != 0.0 and size >= threshold
-    starts = np.zeros(m + 1, np.int64)
-    starts[1:] = np.cumsum(counts)
-    at = starts.copy()
-    ranks, values = np.empty(starts[m], np.uint32), np.empty(starts[m], np.float32)
+    at, end = np.empty(m, np.int64), used
+    for j in range(m):
+        at[j] = end
+        end += counts[j]
+    if end > ranks.size:
+        more_ranks, more_values = np.empty(2 * end, np.uint32), np.empty(2 * end, np.float32)
+        for k in range(used):
+            more_ranks[k], more_values[k] = ranks[k], values[k]
+        ranks, values = more_ranks, more_values
     for r in range(by_feature.size):
+        f = by_feature[r]
         for j in range(m):
-            kept = np.float32(weights[by_feature[r], j])
+            kept = np.float32(weights[f, j])
             if kept != 0.0 and abs(kept) >= threshold:
                 ranks[at[j]], values[at[j]] = r, kept
                 at[j] += 1
-    if m == 0 or counts.max() <= limit:
-        return counts, ranks, values
-    used = 0
-    for j in range(m):
-        mine = slice(starts[j], starts[j + 1])
-        largest = np.argsort(-np.abs(values[mine]), kind="mergesort")[:limit]  # stable: ties to the smaller feature
-        largest.sort()
-        for k in range(largest.size):
-            ranks[used], values[used] = ranks[starts[j] + largest[k]], values[starts[j] + largest[k]]
-            used += 1
-        counts[j] = largest.size
-    return counts, ranks[:used].copy(), values[:used].copy()
+    return ranks, values
 
 
 @njit(cache=True, nogil=True)
 def solve_dual(
-    width: tuple[int, ...],
+    lanes: int,
     like: Lanes,
     indptr: U64,
     cols: U32,
@@ -262,9 +279,8 @@ def solve_dual(
     max_iter: int,
     value: float,
     threshold: float,
-    limit: int,
 ) -> tuple[I64, U32, F32, F32, F32]:
-    """Solve m nodes of one cluster, as many at a time as ``width`` is long.
+    """Solve m nodes of one cluster, ``lanes`` (16, 8 or 4) at a time.
 
     Documents ``[n, F]`` come from `compact_rows`, or are all there are (then ``ids`` is empty);
     ``by_feature [F]`` lists local columns by global id.  Every node trains on the documents
@@ -278,7 +294,7 @@ def solve_dual(
     Returns:
         kept weights per node, their feature ranks and values, dense weights ``[m, d]``, bias terms ``[m]``.
     """
-    n, features, m, d, lanes = norms.size, by_feature.size, pos_ptr.size - 1, dense.shape[1], len(width)
+    n, features, m, d = norms.size, by_feature.size, pos_ptr.size - 1, dense.shape[1]
     kind, key = like.dtype, next_random(seed ^ next_random(np.uint64(cluster))[1])[0]
     state = _State(
         np.empty(n, np.uint16),
@@ -290,21 +306,16 @@ def solve_dual(
         np.empty((1, lanes), kind),
     )
     counts, bias_out, dense_out = np.zeros(m, np.int64), np.zeros(m, np.float32), np.zeros((m, d), np.float32)
-    ranks, values = np.empty(features * 2, np.uint32), np.empty(features * 2, np.float32)
+    ranks, values = np.empty(features, np.uint32), np.empty(features, np.float32)
     used = 0
     for a in range(0, m, lanes):
         b = min(a + lanes, m)
         _fill(state, a, b, shared, negative, pos_ptr, pos, pos_cost, hinge)
-        _descend(width, indptr, cols, vals, dense, norms, ids, value, state, shared, extra, key, hinge, eps, max_iter)
-        kept, of, found = _keep(state.weights, by_feature, b - a, threshold, limit)
-        if used + found.size > ranks.size:
-            room = max(ranks.size, used + found.size)
-            ranks = np.append(ranks, np.empty(room, np.uint32))
-            values = np.append(values, np.empty(room, np.float32))
-        ranks[used : used + of.size], values[used : used + of.size] = of, found
-        used += of.size
-        counts[a:b] = kept
+        _descend(indptr, cols, vals, dense, norms, ids, value, state, shared, extra, key, hinge, eps, max_iter)
+        ranks, values = _keep(state.weights, by_feature, b - a, threshold, counts[a:b], ranks, values, used)
         for j in range(b - a):
-            dense_out[a + j] = state.dense[:, j]
+            used += counts[a + j]
             bias_out[a + j] = state.bias[0, j] * value
+            for f in range(d):
+                dense_out[a + j, f] = state.dense[f, j]
     return counts, ranks[:used].copy(), values[:used].copy(), dense_out, bias_out

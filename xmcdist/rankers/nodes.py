@@ -20,21 +20,14 @@ F64 = NDArray[np.float64]
 
 
 @njit(cache=True, nogil=True)
-def _keep(w: F64, by_feature: I64, threshold: float, limit: int, ranks: U32, values: F32) -> int:
-    """Write the weights worth keeping, in feature order, into ranks and values; how many."""
-    kept = 0
+def _keep(w: F64, by_feature: I64, threshold: float, ranks: U32, values: F32, used: int) -> int:
+    """Append the weights worth keeping, in feature order, to ranks and values; how many there are now."""
     for r in range(by_feature.size):
         value = np.float32(w[by_feature[r]])
         if value != 0.0 and abs(value) >= threshold:
-            ranks[kept], values[kept] = r, value
-            kept += 1
-    if kept <= limit:
-        return kept
-    largest = np.argsort(-np.abs(values[:kept]), kind="mergesort")[:limit]  # stable: ties to the smaller feature
-    largest.sort()
-    for k in range(limit):
-        ranks[k], values[k] = ranks[largest[k]], values[largest[k]]
-    return limit
+            ranks[used], values[used] = r, value
+            used += 1
+    return used
 
 
 @njit(cache=True, nogil=True)
@@ -57,7 +50,6 @@ def solve_nodes(
     max_iter: int,
     value: float,
     threshold: float,
-    limit: int,
 ) -> tuple[I64, U32, F32, F32, F32]:
     """Solve the m nodes of one cluster by logistic regression, or (``primal``) by Newton steps.
 
@@ -70,17 +62,20 @@ def solve_nodes(
     w, wd, alpha = np.zeros(features), np.zeros(dense.shape[1]), np.zeros(n)
     room = np.empty((ROOMS if primal else 0, features + dense.shape[1] + 1))
     y, cost = np.full(n, -1.0), np.zeros(n)
-    cost[shared] = negative[shared]
     is_shared = np.zeros(n, np.bool_)
-    is_shared[shared] = True
+    for i in shared:
+        is_shared[i], cost[i] = True, negative[i]
     order = np.empty(n, np.uint32)
     counts, bias_out = np.zeros(m, np.int64), np.zeros(m, np.float32)
     dense_out = np.zeros((m, dense.shape[1]), np.float32)
     ranks, values = np.empty(features * 2, np.uint32), np.empty(features * 2, np.float32)
     used = 0
     for node in range(m):
-        w[:], wd[:], alpha[:] = 0.0, 0.0, 0.0
-        order[: shared.size] = shared
+        w.fill(0.0)
+        wd.fill(0.0)
+        alpha.fill(0.0)
+        for count in range(shared.size):
+            order[count] = shared[count]
         count = shared.size
         for k in range(pos_ptr[node], pos_ptr[node + 1]):
             i = pos[k]
@@ -102,8 +97,9 @@ def solve_nodes(
         if used + features > ranks.size:
             ranks = np.append(ranks, np.empty(ranks.size, np.uint32))
             values = np.append(values, np.empty(values.size, np.float32))
-        counts[node] = _keep(w, by_feature, threshold, limit, ranks[used:], values[used:])
+        counts[node] = _keep(w, by_feature, threshold, ranks, values, used) - used
         used += counts[node]
-        dense_out[node, :] = wd
+        for f in range(wd.size):
+            dense_out[node, f] = wd[f]
         bias_out[node] = wb * value
     return counts, ranks[:used].copy(), values[:used].copy(), dense_out, bias_out

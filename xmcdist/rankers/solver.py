@@ -157,8 +157,18 @@ def _side_by_side(
     for a, b, wide in ((0, whole, lanes), (whole, m, rest)) if m else ((0, 0, lanes),):
         if a < b or m == 0:
             span = slice(pointers[a], pointers[b])
-            parts.append(solve((0,) * wide, pointers[a : b + 1] - pointers[a], positives[span], cost[span]))
+            parts.append(solve(wide, pointers[a : b + 1] - pointers[a], positives[span], cost[span]))
     return parts[0] if len(parts) == 1 else tuple(np.concatenate(x) for x in zip(*parts, strict=True))
+
+
+def _largest(counts: NDArray[Any], ranks: NDArray[Any], values: NDArray[Any], limit: int) -> Weights:
+    """At most ``limit`` weights a node, those of largest size; ties to the smaller feature."""
+    node = np.repeat(np.arange(counts.size), counts)
+    order = np.lexsort((ranks, -np.abs(values), node))
+    place = np.empty(order.size, np.int64)
+    place[order] = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    kept = place < limit
+    return np.minimum(counts, limit), ranks[kept], values[kept]
 
 
 class _Documents(NamedTuple):
@@ -280,22 +290,22 @@ class _Problem:
         cost = params.Cp * Y.values[span].astype(np.float64)
         matrix = (local.indptr, local.cols, local.vals, local.dense, local.norms)
         stop_at = (float(params.eps), int(params.max_iter), float(params.bias))
-        kept = (float(params.threshold), int(params.max_nonzeros_per_label or self.num_sparse))
+        stop_at = (*stop_at, float(params.threshold))
         seed = np.uint64(params.seed)
         if params.solver in _SIDE_BY_SIDE:
             ids = _NO_IDS if local.ids is None else local.ids
             extra = np.setdiff1d(positives, local.shared).astype(np.uint32)
             cluster = self.first + int(np.searchsorted(self.bounds, start, side="right")) - 1
             return _side_by_side(
-                lambda width, pointers, pos, cost: solve_dual(
-                    width, self.like, *matrix, ids, local.by_feature, local.shared, extra, local.negative,
-                    pointers, pos, cost, cluster, seed, params.solver == "l1svc_dual", *stop_at, *kept,
+                lambda wide, pointers, pos, cost: solve_dual(
+                    wide, self.like, *matrix, ids, local.by_feature, local.shared, extra, local.negative,
+                    pointers, pos, cost, cluster, seed, params.solver == "l1svc_dual", *stop_at,
                 ),
                 pointers, positives, cost, lanes,
             )  # fmt: skip
         solved: Weights = solve_nodes(
             *matrix, local.by_feature, local.shared, local.negative, pointers, positives, cost,
-            int(start), seed, params.solver == "l2svc_primal", *stop_at, *kept,
+            int(start), seed, params.solver == "l2svc_primal", *stop_at,
         )  # fmt: skip
         return solved
 
@@ -317,6 +327,9 @@ class _Problem:
     def _chunk(self, solved: Sequence[Weights], columns: NDArray[np.int64], start: int, stop: int) -> Chunk:
         """Keep the dense weights of one cluster's nodes, and give (feature, weights per feature, child, value)."""
         counts, ranks, values, dense, bias = (np.concatenate(x) for x in zip(*solved, strict=True))
+        limit = self.params.max_nonzeros_per_label
+        if limit is not None and counts.size and counts.max() > limit:
+            counts, ranks, values = _largest(counts, ranks, values, limit)
         nodes = slice(start - self.nodes[0], stop - self.nodes[0])
         self.out_dense[nodes], self.out_bias[nodes] = dense, bias
         present, per_feature, child, value = kernels.feature_major(counts, ranks, values, columns.size)
