@@ -14,12 +14,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
 from xmcdist.inference.keep_kernels import keep_best, keep_given
 from xmcdist.inference.native import pointer, prefetch, wide
+from xmcdist.observability.compiling import njit
 
 __all__ = ["LEVEL", "PART", "descend", "step_to"]
 

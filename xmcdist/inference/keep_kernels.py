@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from xmcdist.observability.compiling import njit
 
 __all__ = ["HINGE", "NOOP", "SIGMOID", "keep_best", "keep_given"]
 

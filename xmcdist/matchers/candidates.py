@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
+
+from xmcdist.observability.compiling import njit
 
 __all__ = ["CandidateSource", "Candidates", "children_of"]
 

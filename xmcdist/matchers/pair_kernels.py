@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from xmcdist.observability.compiling import njit
 
 __all__ = ["dot_pairs", "spread_to_docs", "spread_to_rows", "top_of_rows"]
 

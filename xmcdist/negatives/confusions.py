@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from numba import njit
 from numpy.typing import NDArray
 
 from xmcdist.checkpoint.parts import write_rows
+from xmcdist.observability.compiling import njit
 from xmcdist.parallel.collectives import gather_objects
 from xmcdist.parallel.exchange import exchange
 from xmcdist.parallel.launch import World

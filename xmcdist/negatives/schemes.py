@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from numba import njit
 from numpy.typing import NDArray
 
 from xmcdist.negatives.confusions import Confusions
+from xmcdist.observability.compiling import njit
 
 __all__ = ["MATCHER_SCHEMES", "SCHEMES", "WEIGHTS", "active_parents", "consistent_parents", "root_parents"]
 

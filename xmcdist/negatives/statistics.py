@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch.distributed as dist
-from numba import njit
 from numpy.typing import NDArray
 
 from xmcdist.checkpoint.atomic import no_space_is_clear
 from xmcdist.negatives.confusions import SCORE_UNIT, Beams, Confusions, collect_confusions, fixed_point
+from xmcdist.observability.compiling import njit
 from xmcdist.parallel.collectives import all_reduce_array, group_size
 from xmcdist.sparse.store import StoreError, open_array
 

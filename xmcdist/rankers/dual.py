@@ -17,9 +17,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from xmcdist.observability.compiling import njit
 from xmcdist.rankers.kernels import next_random, shuffle
 from xmcdist.rankers.lanes import (
     add_dense,

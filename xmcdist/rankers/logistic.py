@@ -22,9 +22,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from xmcdist.observability.compiling import njit
 from xmcdist.rankers.kernels import dot, shuffle
 
 __all__ = ["descend_logistic"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from xmcdist.observability.compiling import njit
 from xmcdist.rankers.kernels import next_random
 from xmcdist.rankers.logistic import descend_logistic
 from xmcdist.rankers.primal import ROOMS, solve_primal

@@ -17,9 +17,9 @@ tried: for documents of unit length it costs steps.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from xmcdist.observability.compiling import njit
 from xmcdist.rankers.kernels import SUMS, dot
 
 __all__ = ["ROOMS", "solve_primal"]

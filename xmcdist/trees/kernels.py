@@ -19,8 +19,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from xmcdist.observability.compiling import njit
 
 __all__ = [
     "add_rows",
@@ -52,7 +53,7 @@ _BINS = 512
 _U0, _U1 = np.uint64(0), np.uint64(1)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _mixed(x: np.uint64) -> np.uint64:
     """Splitmix64's mixing function (Steele et al., OOPSLA 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -60,7 +61,7 @@ def _mixed(x: np.uint64) -> np.uint64:
     return x ^ (x >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def pick_two(seed: np.uint64, depth: int, node: int, size: int) -> tuple[np.int64, np.int64]:
     """Two different positions below ``size``; a function of the arguments alone."""
     step = np.uint64(0x9E3779B97F4A7C15)
@@ -72,7 +73,7 @@ def pick_two(seed: np.uint64, depth: int, node: int, size: int) -> tuple[np.int6
     return right, left + (left >= right)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def pack_columns(indptr: U64, indices: U32, members: U32, columns: U32, at: U64, where: U32, old: U32) -> Any:
     """Columns of the rows ``members``, one row after the other and renumbered, into ``columns``.
 
@@ -107,7 +108,7 @@ def pack_columns(indptr: U64, indices: U32, members: U32, columns: U32, at: U64,
     return np.int64(found)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _renumber(indptr: U64, at: U64, columns: U32, members: U32, where: U32, old: U32) -> Any:
     """`pack_columns` in place, for some of the rows that were packed."""
     found = np.uint32(0)
@@ -127,7 +128,7 @@ def _renumber(indptr: U64, at: U64, columns: U32, members: U32, where: U32, old:
     return np.int64(found)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def add_rows(
     indptr: U64, at: U64, columns: U32, data: F32, dense: F32, members: U32, num_columns: int, sums: I64
 ) -> None:
@@ -143,7 +144,7 @@ def add_rows(
             rest[j] += np.int64(dense[row, j] * _ONE)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def move(
     indptr: U64,
     at: U64,
@@ -181,7 +182,7 @@ def move(
     return changes
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def direction_between(
     indptr: U64,
     at: U64,
@@ -206,7 +207,7 @@ def direction_between(
             rest[j] += sign * dense[row, j]
 
 
-@njit(cache=True, nogil=True, fastmath=_SUMS)
+@njit(nogil=True, fastmath=_SUMS)
 def direction_of_sums(total: I64, right: I64, width: int, direction: F32) -> None:
     """``direction = right / ||right|| - left / ||left||`` with ``left = total - right``; a zero sum stays zero."""
     total, right, direction = total[:width], right[:width], direction[:width]
@@ -221,7 +222,7 @@ def direction_of_sums(total: I64, right: I64, width: int, direction: F32) -> Non
         direction[k] = np.float64(right[k]) * above - np.float64(total[k] - right[k]) * below
 
 
-@njit(cache=True, nogil=True, fastmath=_SUMS)
+@njit(nogil=True, fastmath=_SUMS)
 def score_rows(
     indptr: U64,
     at: U64,
@@ -247,7 +248,7 @@ def score_rows(
         scores[i] = score
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _select(values: F32, n: int, k: int) -> Any:
     """The k-th smallest of the first n values, k from 0; values are reordered.  Hoare's find."""
     low, high = 0, n - 1
@@ -271,7 +272,7 @@ def _select(values: F32, n: int, k: int) -> Any:
     return values[k]
 
 
-@njit(cache=True, nogil=True, fastmath=_FINITE)
+@njit(nogil=True, fastmath=_FINITE)
 def _kth_smallest(scores: F32, k: int, work: F32) -> Any:
     """The k-th smallest score, k from 0: equal bins first, then among those of its bin."""
     n = scores.shape[0]
@@ -292,14 +293,14 @@ def _kth_smallest(scores: F32, k: int, work: F32) -> Any:
     while k >= counts[chosen]:
         k -= counts[chosen]
         chosen += np.uint32(1)
-    found = 0
+    found = np.int64(0)  # typed: a literal 0 would be another signature of _select
     for i in range(n):
         work[found] = scores[i]
         found += np.uint32((scores[i] - low) * scale) == chosen
     return _select(work, found, k)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def lower_half(scores: F32, side: U8, work: F32) -> None:
     """``side`` becomes LEFT for the n // 2 lowest scores, ties by position; RIGHT for the others.
 
@@ -320,7 +321,7 @@ def lower_half(scores: F32, side: U8, work: F32) -> None:
         i += 1
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def rearrange(members: U32, side: U8, work: U32) -> None:
     """Left members first, then right ones, each in the order they had; ``work`` is scratch, ``[n + 1]``."""
     left = right = 0
@@ -333,7 +334,7 @@ def rearrange(members: U32, side: U8, work: U32) -> None:
     members[left:] = work[:right]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _bisect(
     indptr: U64,
     at: U64,
@@ -377,7 +378,7 @@ def _bisect(
             break
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def bisect_subtree(
     indptr: U64,
     at: U64,

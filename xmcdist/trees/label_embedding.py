@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from numba import get_num_threads, njit
+from numba import get_num_threads
 from numpy.typing import NDArray
 
+from xmcdist.observability.compiling import njit
 from xmcdist.sparse.features import Features
 from xmcdist.trees.errors import TreeError
 from xmcdist.trees.matrix import Matrix
@@ -127,7 +128,7 @@ def _edges(work: I64) -> list[int]:
     return edges
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _documents_of(indptr: I64, indices: U32, data: F32, start: int, stop: int) -> tuple[I64, U32, F64]:
     """Documents of each label of a range, rising, with weights ``y / ||y of the document||``."""
     ptr = np.zeros(stop - start + 1, dtype=np.int64)
@@ -153,7 +154,7 @@ def _documents_of(indptr: I64, indices: U32, data: F32, start: int, stop: int) -
     return ptr, docs, weights
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _work(indptr: U64, ptr: I64, docs: U32, num_sparse: int) -> I64:
     """Running number of values that are read for the label rows, ``[labels + 1]``."""
     work = np.zeros(ptr.shape[0], dtype=np.int64)
@@ -165,7 +166,7 @@ def _work(indptr: U64, ptr: I64, docs: U32, num_sparse: int) -> I64:
     return work
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _count_columns(
     indptr: U64, indices: U32, ptr: I64, docs: U32, first: int, last: int, num_sparse: int, lengths: I64
 ) -> None:
@@ -186,13 +187,13 @@ def _count_columns(
         lengths[label + 1] = found
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _lowest(bits: np.uint64) -> Any:
     """Position of the lowest bit that is set; one must be."""
     return _POSITION[((bits & (~bits + _U1)) * _DE_BRUIJN) >> np.uint64(58)]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _sorted_columns(bits: U64, words: U64, columns: I32) -> None:
     """Columns whose bits are set, rising, and clear the bits; ``words`` has a bit for each word that has any."""
     at = np.uint64(0)
@@ -210,7 +211,7 @@ def _sorted_columns(bits: U64, words: U64, columns: I32) -> None:
                 at += _U1
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _aggregate(
     indptr: U64,
     indices: U32,
