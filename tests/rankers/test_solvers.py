@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 
 from tests.rankers.tiny import csr
+from xmcdist.config.compose import compose_run
 from xmcdist.rankers.kernels import squared_norms
 from xmcdist.rankers.logistic import descend_logistic
 from xmcdist.rankers.solver import SOLVERS, SolverParams, solve_level
@@ -145,6 +146,11 @@ def by_scipy(solver: str, A: np.ndarray, y: np.ndarray, c: np.ndarray) -> np.nda
         return primal(solver, w, A, y, c), w - A.T @ (duals(solver, w, A, y, c) * y)
 
     return minimize(value, np.zeros(A.shape[1]), jac=True, method="BFGS", options={"gtol": 1e-9}).x
+
+
+@every_solver
+def test_every_solver_can_be_chosen(solver: str) -> None:
+    assert compose_run([f"ranker.solver={solver}"]).ranker.solver == solver
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -31,6 +31,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "matcher.scoring": ("auto", "dense", "pairs"),
     "optimizer.head": ("adamw", "sparse_adam"),
     "schedule.name": ("linear", "cosine", "constant"),
+    "ranker.solver": ("l2svc_dual", "l1svc_dual", "logistic_dual", "l2svc_primal"),
     "ranker.post_processor": POST_PROCESSORS,
     "ranker.features": ("both", "sparse", "dense"),
     "ranker.tree_start": ("tree", "random"),

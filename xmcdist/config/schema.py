@@ -145,6 +145,7 @@ class ScheduleConfig:
 class RankerConfig:
     """Linear one-vs-all rankers, level by level along the refined tree."""
 
+    solver: str = "l2svc_dual"  # l2svc_dual | l1svc_dual | logistic_dual | l2svc_primal
     Cp: list[float] = field(default_factory=lambda: [1.0])  # cost of positives; per level, the last is repeated
     Cn: list[float] = field(default_factory=lambda: [1.0])
     eps: float = 0.1

@@ -124,6 +124,7 @@ def _solver_params(run: Run, t: int) -> SolverParams:
     """How level t is solved."""
     cfg = run.cfg.ranker
     return SolverParams(
+        solver=cfg.solver,
         Cp=per_level(cfg.Cp, t),
         Cn=per_level(cfg.Cn, t),
         eps=cfg.eps,
