@@ -1,12 +1,12 @@
 """Linear rankers of xmcdist and of libpecos on the same matrices, run in turn, measured alike.
 
-    python benchmarks/linear_vs_pecos.py DATA_DIR... --pecos PYTHON [--repeat 3] [--out table.md]
+    python benchmarks/linear_vs_pecos.py DATA_DIR... --pecos PYTHON [--repeat 5] [--out table.md]
 
 A DATA_DIR holds X.trn.txt, X.tst.txt (a text a line) and Y.trn.npz, Y.tst.npz (scipy CSR).
 PYTHON is the interpreter of an environment with libpecos; this script runs itself in it.
 
-Two comparisons: (i) libpecos's own tree, imported; (ii) every program's own trees, several
-seeds.  Training and prediction are processes of their own; a process reports wall and CPU
+Two comparisons: (i) libpecos's own tree, imported, with every scheme of negatives; (ii) every
+program's own trees, several seeds.  Training and prediction are processes of their own; a process reports wall and CPU
 seconds of its work, without reading files, and its peak resident memory.  Predictions of
 both are scored by the same code, ties to the smaller label id.
 """
@@ -87,17 +87,20 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def pecos_train(folder: Path, model: Path, seed: int, threads: int, tree: Path | None) -> Meter:
-    """libpecos: label embeddings, k-means, rankers; writes its tree beside the model."""
+def pecos_train(folder: Path, model: Path, seed: int, threads: int, tree: Path | None, scheme: str) -> Meter:
+    """libpecos: label embeddings, k-means, unless a tree is given, and rankers; writes its tree beside the model."""
     from pecos.xmc import Indexer, LabelEmbeddingFactory
     from pecos.xmc.xlinear.model import XLinearModel
 
     X, Y = matrices(folder, "trn")
     Y, meter = Y.tocsc(), Meter()
-    Z = meter.run("embed", lambda: LabelEmbeddingFactory.create(Y, X, method="pifa", threads=threads))
-    options = {"nr_splits": SPLITS, "max_leaf_size": LEAF, "threads": threads, "seed": seed}
-    chain = meter.run("tree", lambda: Indexer.gen(Z, indexer_type="hierarchicalkmeans", **options))
-    kept = {"only_topk": TOPK, "beam_size": BEAM, "threshold": THRESHOLD, "negative_sampling_scheme": "tfn"}
+    if tree is None:
+        Z = meter.run("embed", lambda: LabelEmbeddingFactory.create(Y, X, method="pifa", threads=threads))
+        options = {"nr_splits": SPLITS, "max_leaf_size": LEAF, "threads": threads, "seed": seed}
+        chain = meter.run("tree", lambda: Indexer.gen(Z, indexer_type="hierarchicalkmeans", **options))
+    else:
+        chain = [sp.csc_matrix(sp.load_npz(p)) for p in sorted(tree.glob("C_*.npz"))]
+    kept = {"only_topk": TOPK, "beam_size": BEAM, "threshold": THRESHOLD, "negative_sampling_scheme": scheme}
     ranker = meter.run("train", lambda: XLinearModel.train(X, Y, C=chain, threads=threads, **kept))
     ranker.save(str(model))
     for t, C in enumerate(chain, start=1):
@@ -115,19 +118,24 @@ def pecos_predict(folder: Path, model: Path, threads: int) -> tuple[Meter, sp.cs
     return meter, sp.csr_matrix(P)
 
 
-def ours_fit(X: sp.csr_matrix, Y: sp.csr_matrix, tree: Any, seed: int, threads: int) -> Any:
+def ours_fit(X: sp.csr_matrix, Y: sp.csr_matrix, tree: Any, seed: int, threads: int, scheme: str = "tfn") -> Any:
     """The rankers of all levels on a given tree."""
+    from xmcdist.inference.beam import predict_level
+    from xmcdist.negatives.schemes import active_parents
     from xmcdist.rankers.model import LinearTree
     from xmcdist.rankers.solver import SolverParams, solve_level
     from xmcdist.sparse.features import Features
 
     features, levels = Features(X, None), []
-    M = sp.csr_matrix(np.ones((X.shape[0], 1), np.float32))
+    M = found = sp.csr_matrix(np.ones((X.shape[0], 1), np.float32))
     for t in range(1, tree.depth + 1):
-        Y_t = tree.lift(Y, t)
+        Y_t, child_ptr = tree.lift(Y, t), tree.child_ptr[t - 1]
         params = SolverParams(threshold=THRESHOLD, seed=seed)
-        levels.append(solve_level(features, Y_t, M, tree.child_ptr[t - 1], params, threads=threads))
-        M = Y_t
+        levels.append(solve_level(features, Y_t, M, child_ptr, params, threads=threads))
+        if t < tree.depth:
+            if "man" in scheme:
+                found = predict_level(levels[-1], features, found, child_ptr, BEAM, "l3-hinge", threads=threads)
+            M = active_parents(scheme, Y_t, found)
     return LinearTree(tree, levels, X.shape[1], 0)
 
 
@@ -141,7 +149,7 @@ def ours_tree(X: sp.csr_matrix, Y: sp.csr_matrix, seed: int, threads: int) -> An
     return build_label_tree(Features(X, None), Y, cfg, threads=threads)
 
 
-def ours_train(folder: Path, model: Path, seed: int, threads: int, tree: Path | None) -> Meter:
+def ours_train(folder: Path, model: Path, seed: int, threads: int, tree: Path | None, scheme: str) -> Meter:
     """xmcdist: the same stages; ``tree`` is the folder of a given one."""
     from xmcdist.trees.label_tree import LabelTree
 
@@ -152,7 +160,7 @@ def ours_train(folder: Path, model: Path, seed: int, threads: int, tree: Path | 
         made = meter.run("tree", lambda: ours_tree(X, Y, seed, threads))
     else:
         made = LabelTree.from_chain([sp.load_npz(p) for p in sorted(tree.glob("C_*.npz"))])
-    meter.run("train", lambda: ours_fit(X, Y, made, seed, threads)).save(model)
+    meter.run("train", lambda: ours_fit(X, Y, made, seed, threads, scheme)).save(model)
     return meter
 
 
@@ -178,7 +186,7 @@ def warm_up(threads: int) -> None:
     rng = np.random.default_rng(0)
     X = sp.csr_matrix(rng.random((300, 20)).astype(np.float32))
     Y = sp.csr_matrix((rng.random((300, 3200)) < 0.01).astype(np.float32))
-    model = ours_fit(X, Y, ours_tree(X, Y, 0, threads), 0, threads)
+    model = ours_fit(X, Y, ours_tree(X, Y, 0, threads), 0, threads, "tfn+man")
     with tempfile.TemporaryDirectory() as folder:
         model.save(Path(folder) / "m")
         beam_search(LinearTree.load(Path(folder) / "m"), Features(X, None), beam=2, topk=2, threads=threads)
@@ -190,7 +198,7 @@ def worker(job: dict[str, Any]) -> None:
     tree = Path(job["tree"]) if job.get("tree") else None
     if job["phase"] == "train":
         train = pecos_train if job["peer"] == "libpecos" else ours_train
-        meter = train(folder, model, int(job["seed"]), threads, tree)
+        meter = train(folder, model, int(job["seed"]), threads, tree, job["scheme"])
     else:
         predict = pecos_predict if job["peer"] == "libpecos" else ours_predict
         meter, P = predict(folder, model, threads)
@@ -216,14 +224,14 @@ class Bench:
         self.python = {"libpecos": pecos, "xmcdist": sys.executable}
         _, self.Y = matrices(folder, "tst")
 
-    def both(self, peer: str, seed: int, tree: Path | None = None) -> dict[str, float]:
+    def both(self, peer: str, seed: int, tree: Path | None = None, scheme: str = "tfn") -> dict[str, float]:
         """Train and predict, each in a process; all numbers of the run."""
         model = self.folder / f"{peer}-{seed}{'-given' if tree else ''}"
         model.mkdir(exist_ok=True)
         row: dict[str, float] = {}
         for phase in ("train", "predict"):
             answer = self.folder / "answer.json"
-            job = {"peer": peer, "phase": phase, "seed": seed, "tree": str(tree) if tree else None}
+            job = {"peer": peer, "phase": phase, "seed": seed, "tree": str(tree) if tree else None, "scheme": scheme}
             job |= {"folder": str(self.folder), "model": str(model), "threads": self.threads, "answer": str(answer)}
             env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(self.threads)}
             env["NUMBA_NUM_THREADS"] = str(self.threads)
@@ -232,12 +240,15 @@ class Bench:
         row |= precision(sp.csr_matrix(sp.load_npz(model / "P.npz")), self.Y)
         return row
 
-    def imported_tree(self, repeat: int) -> dict[str, list[dict[str, float]]]:
+    def imported_tree(self, repeat: int, scheme: str) -> dict[str, list[dict[str, float]]]:
         """Comparison (i): both on libpecos's tree of seed 0, in turn."""
         rows: dict[str, list[dict[str, float]]] = {"libpecos": [], "xmcdist": []}
+        tree = self.folder / "libpecos-0"
+        if not tree.is_dir():
+            self.both("libpecos", 0)
         for _ in range(repeat):
-            rows["libpecos"].append(self.both("libpecos", 0))
-            rows["xmcdist"].append(self.both("xmcdist", 0, self.folder / "libpecos-0"))
+            for peer, found in rows.items():
+                found.append(self.both(peer, 0, tree, scheme))
         return rows
 
     def own_trees(self, seeds: int) -> dict[str, list[dict[str, float]]]:
@@ -249,16 +260,29 @@ class Bench:
         return rows
 
 
-def line(data: str, peer: str, rows: list[dict[str, float]], *, given: bool) -> str:
-    """One row of the table: mean precision (and spread over seeds), median times, largest memory."""
+def given_lines(data: str, scheme: str, rows: dict[str, list[dict[str, float]]]) -> list[str]:
+    """Comparison (i) of one data set: precision, median times, largest memory, and how often ours go into theirs."""
+    out = []
+    for peer, found in rows.items():
+        cells = [data, scheme, peer, *(f"{found[0][f'P@{k}']:.2f}" for k in (1, 3, 5))]
+        for name in ("train_s", "train_cpu_s"):
+            ours, theirs = (float(np.median([row[name] for row in rows[p]])) for p in (peer, "libpecos"))
+            cells.append(f"{ours:.2f}" + (f" (1/{theirs / ours:.1f})" if peer != "libpecos" else ""))
+        cells.append(f"{np.median([row['predict_s'] for row in found]):.3f}")
+        cells += [f"{max(row[f'{phase}_mb'] for row in found):.0f}" for phase in ("train", "predict")]
+        out.append("| " + " | ".join(cells) + " |")
+    return out
+
+
+def own_line(data: str, peer: str, rows: list[dict[str, float]]) -> str:
+    """One row of comparison (ii): mean precision and its spread over seeds, median times, largest memory."""
     cells = [data, peer]
     for k in (1, 3, 5):
         values = [row[f"P@{k}"] for row in rows]
-        spread = "" if given else f" ±{np.std(values):.2f}"
-        cells.append(f"{np.mean(values):.2f}{spread}")
+        cells.append(f"{np.mean(values):.2f} ±{np.std(values):.2f}")
     for name, digits in (("tree_s", 2), ("train_s", 2), ("train_cpu_s", 2), ("predict_s", 3)):
         values = [row.get(name, np.nan) + (row.get("embed_s", 0.0) if name == "tree_s" else 0.0) for row in rows]
-        cells.append("" if given and name == "tree_s" else f"{np.median(values):.{digits}f}")
+        cells.append(f"{np.median(values):.{digits}f}")
     cells += [f"{max(row[f'{phase}_mb'] for row in rows):.0f}" for phase in ("train", "predict")]
     return "| " + " | ".join(cells) + " |"
 
@@ -283,35 +307,35 @@ def hardware() -> str:
 
 def report(args: argparse.Namespace, given: list[str], own: list[str]) -> str:
     """The whole markdown page."""
-    head = [
-        "| data | program | P@1 | P@3 | P@5 | tree s | train s | train CPU s | predict s | train MB | predict MB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
     when = datetime.datetime.now(datetime.timezone.utc)  # noqa: UP017 - the other interpreter may be older
-    return "\n".join(
-        [
-            "# Linear rankers: xmcdist and libpecos",
+    page = [
+        "# Linear rankers: xmcdist and libpecos",
+        "",
+        f"{when:%Y-%m-%d}; {hardware()}; {args.threads} threads; {versions(args.pecos)}.",
+        "",
+        f"    {shlex.join(['python', *sys.argv])}",
+        "",
+        f"TF-IDF (sublinear, min_df 2, at most 200,000 words); nr_splits {SPLITS}, max_leaf_size {LEAF}, "
+        f"Cp = Cn = 1, threshold {THRESHOLD}, beam {BEAM}, top {TOPK}.  Times are medians, "
+        "memory the largest peak.  Equal scores rank by label id in both.",
+        "",
+        f"## Both on libpecos's tree of seed 0 ({args.repeat} runs each, in turn)",
+        "",
+        "| data | negatives | program | P@1 | P@3 | P@5 | train s | train CPU s | predict s | train MB | predict MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *given,
+        "",
+    ]
+    if own:
+        page += [
+            f"## Everyone's own trees, tfn ({args.seeds} seeds each, in turn; mean ± standard deviation)",
             "",
-            f"{when:%Y-%m-%d}; {hardware()}; {args.threads} threads; {versions(args.pecos)}.",
-            "",
-            f"    {shlex.join(['python', *sys.argv])}",
-            "",
-            f"TF-IDF (sublinear, min_df 2, at most 200,000 words); nr_splits {SPLITS}, max_leaf_size {LEAF}, "
-            f"true negatives (tfn), Cp = Cn = 1, threshold {THRESHOLD}, beam {BEAM}, top {TOPK}.  Times are medians, "
-            "memory the largest peak.  Equal scores rank by label id in both.",
-            "",
-            f"## Both on libpecos's tree of seed 0 ({args.repeat} runs each, in turn)",
-            "",
-            *head,
-            *given,
-            "",
-            f"## Everyone's own trees ({args.seeds} seeds each, in turn; mean ± standard deviation)",
-            "",
-            *head,
+            "| data | program | P@1 | P@3 | P@5 | tree s | train s | train CPU s | predict s | train MB | predict MB |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
             *own,
             "",
         ]
-    )
+    return "\n".join(page)
 
 
 def main() -> None:
@@ -322,7 +346,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", type=Path)
     parser.add_argument("--pecos", required=True, help="Python with libpecos")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of comparison (i)")
+    parser.add_argument("--repeat", type=int, default=5, help="runs of comparison (i)")
+    parser.add_argument("--schemes", nargs="+", default=["tfn", "tfn+man"], help="negatives of comparison (i)")
     parser.add_argument("--seeds", type=int, default=4, help="trees of comparison (ii); 0 leaves it out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="markdown file; default: printed only")
@@ -333,12 +358,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             prepare(source, Path(folder))
             bench = Bench(Path(folder), args.pecos, args.threads)
-            for peer, rows in bench.imported_tree(args.repeat).items():
-                given.append(line(source.name, peer, rows, given=True))
-                print(given[-1], flush=True)
+            for scheme in args.schemes:
+                found = given_lines(source.name, scheme, bench.imported_tree(args.repeat, scheme))
+                print(*found, sep="\n", flush=True)
+                given += found
             if args.seeds:
                 for peer, rows in bench.own_trees(args.seeds).items():
-                    own.append(line(source.name, peer, rows, given=False))
+                    own.append(own_line(source.name, peer, rows))
                     print(own[-1], flush=True)
     page = report(args, given, own)
     print(page)

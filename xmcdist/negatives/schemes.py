@@ -16,14 +16,16 @@ probability; their code has binary negatives by document.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from xmcdist.negatives.confusions import Confusions
 from xmcdist.observability.compiling import njit
+
+if TYPE_CHECKING:  # merging teacher-forced and matched parents needs no torch
+    from xmcdist.negatives.confusions import Confusions
 
 __all__ = ["MATCHER_SCHEMES", "SCHEMES", "WEIGHTS", "active_parents", "consistent_parents", "root_parents"]
 
