@@ -235,7 +235,9 @@ def test_a_logistic_step_on_one_document_is_exact() -> None:
         assert w.dense_rows()[1][0] == pytest.approx(alpha * bias**2, rel=1e-6)
 
 
-def _logistic(X: np.ndarray, y: np.ndarray, c: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
+def _logistic(
+    X: np.ndarray, y: np.ndarray, c: np.ndarray, eps: float, passes: int = 10_000
+) -> tuple[np.ndarray, np.ndarray]:
     """Weights with the bias feature's, and alphas, straight from the compiled solver."""
     S, n = csr(X), len(y)
     S.sort_indices()
@@ -244,7 +246,7 @@ def _logistic(X: np.ndarray, y: np.ndarray, c: np.ndarray, eps: float) -> tuple[
     norms = squared_norms(indptr, S.data, dense, 1.0)
     b = descend_logistic(
         indptr, S.indices.astype(np.uint32), S.data, dense, norms, 1.0, y, c,
-        np.arange(n, dtype=np.uint32), eps, 10_000, np.uint64(3), w, np.zeros(0), alpha,
+        np.arange(n, dtype=np.uint32), eps, passes, np.uint64(3), w, np.zeros(0), alpha,
     )  # fmt: skip
     return np.append(w, b), np.where(alpha < 0, c + alpha, alpha)
 
@@ -279,3 +281,14 @@ def test_logistic_bears_odds_beyond_floats() -> None:
             if y[0] == y[1]:  # no contradiction, so that there are weights that please
                 bottom, zero = dual("logistic_dual", alpha, A, y, c), primal("logistic_dual", 0 * w, A, y, c)
                 assert primal("logistic_dual", w, A, y, c) - bottom < 1e-6 * zero
+
+
+def test_logistic_stops_though_one_document_is_beyond_doubt() -> None:
+    """A document so long that its alpha would be smaller than any float."""
+    X, y, c = np.array([[1.0], [1e5], [0.5]]), np.ones(3), np.ones(3)
+    w, alpha = _logistic(X, y, c, 1e-9)
+    early, _ = _logistic(X, y, c, 1e-9, passes=100)
+    assert early.tobytes() == w.tobytes()
+    A = np.hstack([X, np.ones((3, 1))])
+    top, bottom = primal("logistic_dual", w, A, y, c), dual("logistic_dual", alpha, A, y, c)
+    assert abs(top - bottom) < 1e-12

@@ -122,6 +122,8 @@ def descend_logistic(
             sign = 1.0 if 0.5 * a * (high - low) + b >= 0.0 else -1.0
             old, other = (low, high) if sign > 0.0 else (high, low)
             gap = sign * b + math.log(old / other) if old > 0.0 and other > 0.0 else np.inf
+            if gap > 0.0 and 0.0 < old <= _LEAST * c:
+                continue  # as good as 0, where it would go
             worst = max(worst, abs(gap))
             if abs(gap) <= tolerance:
                 continue
