@@ -32,6 +32,7 @@ DOCS, LABELS = 91, 23
 POINTERS = [np.array([0, 3]), np.array([0, 2, 5, 7]), np.array([0, 4, 5, 9, 9, 12, 20, 23])]
 SCHEMES = {
     "tfn": ["ranker.cost_sensitive=true"],
+    "half": ["ranker.cost_sensitive=true", "ranker.weights_dtype=mixed"],
     "both": ["ranker.negatives=[tfn+man]"],
     "weighted": ["ranker.negatives=[tfn+man]", "ranker.negative_weight=score"],
 }
@@ -106,6 +107,13 @@ def test_the_number_of_ranks_changes_no_weight(single: Path, rank: int, world_si
             told = json.loads((single / f"{name}-{world_size}" / "stages" / f"rank-{t}" / "balance.json").read_text())
             assert len(told["cpu_seconds"]) == world_size
             assert told["max_over_mean"] >= 1
+
+
+def test_dense_weights_may_be_of_half_precision(single: Path) -> None:
+    for t in (1, 2, 3):
+        full, half = (_weights(single / f"{name}-1", t) for name in ("tfn", "half"))
+        full[:, -4:-1] = full[:, -4:-1].astype(np.float16)
+        np.testing.assert_array_equal(half, full)
 
 
 def test_scores_weigh_the_negatives_that_were_retrieved(single: Path) -> None:

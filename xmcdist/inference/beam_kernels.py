@@ -358,4 +358,5 @@ def step_to(
     outs, raw = _score_level(level, parts, like, like_dense, x_ptr, x_idx, x_val, x_dense, where, ptr, ids)
     child_ptr = carray(pointer(level[0], np.int64), (_ENDLESS,))
     settings = (level[4], level[5], level[6], level[7])
-    return keep_given(ptr, ids, scores, outs, child_ptr, raw, settings, wanted_ptr, wanted)
+    found: F32 = keep_given(ptr, ids, scores, outs, child_ptr, raw, settings, wanted_ptr, wanted)
+    return found
