@@ -8,8 +8,12 @@ first keeps it; writing is safe side by side) and are silent.
 
 from __future__ import annotations
 
+import hashlib
+import re
 import sys
 import time
+from functools import cache
+from pathlib import Path
 from typing import Any, TextIO
 
 import numba
@@ -26,6 +30,10 @@ _BAR = 24
 def njit(**options: Any) -> Any:
     """``numba.njit(cache=True, ...)`` for functions of this package.
 
+    What was kept is used as long as the source file is the same and, unlike numba's own
+    way, those that it takes other compiled functions and constants from: else a new
+    version of the package would run parts of the old one.
+
     Args:
         options: numba's.
 
@@ -36,14 +44,36 @@ def njit(**options: Any) -> Any:
     def decorate(function: Any) -> Any:
         _messages.known += 1
         try:
-            return numba.njit(**{"cache": True, **options})(function)
+            compiled = numba.njit(**{"cache": True, **options})(function)
         except RuntimeError as error:
             if "cannot cache" not in str(error):
                 raise
             _messages.nothing_kept()
             return numba.njit(**{**options, "cache": False})(function)
+        kept = compiled._cache._cache_file
+        kept._source_stamp = (kept._source_stamp, _sources(Path(function.__code__.co_filename)))
+        return compiled
 
     return decorate
+
+
+@cache
+def _text(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
+
+
+@cache
+def _sources(path: Path) -> str:
+    """A hash of a file with compiled functions and of all such files that it imports."""
+    root, seen, waiting = Path(__file__).parents[2], dict[Path, bytes](), [path]
+    while waiting:
+        file = waiting.pop()
+        text = b"" if file in seen or file == Path(__file__) else _text(file)
+        if b"njit" in text or b"numba" in text:
+            seen[file] = text
+            for name in re.findall(rb"^from xmcdist\.([\w.]+) import", text, re.MULTILINE):
+                waiting.append(root / "xmcdist" / f"{name.decode().replace('.', '/')}.py")
+    return hashlib.sha256(b"".join(seen[file] for file in sorted(seen))).hexdigest()
 
 
 class CompileMessages(event.Listener):
