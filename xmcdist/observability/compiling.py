@@ -71,8 +71,8 @@ def _sources(path: Path) -> str:
         text = b"" if file in seen or file == Path(__file__) else _text(file)
         if b"njit" in text or b"numba" in text:
             seen[file] = text
-            for name in re.findall(rb"^from xmcdist\.([\w.]+) import", text, re.MULTILINE):
-                waiting.append(root / "xmcdist" / f"{name.decode().replace('.', '/')}.py")
+            names = re.findall(rb"^from (xmcdist[\w.]+) import", text, re.MULTILINE)
+            waiting += [root / f"{name.decode().replace('.', '/')}.py" for name in names]
     return hashlib.sha256(b"".join(seen[file] for file in sorted(seen))).hexdigest()
 
 
