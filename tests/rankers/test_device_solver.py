@@ -13,6 +13,8 @@ import torch
 
 from tests.rankers.tiny import Problem, csr, problem
 from xmcdist.rankers import device_plan, device_solver
+from xmcdist.rankers.columns import member_columns, positive_columns
+from xmcdist.rankers.device_blocks import Block, Level
 from xmcdist.rankers.device_plan import MACHINES, Item, Machine, Sizes, make_plan
 from xmcdist.rankers.device_solver import SolverReport, ranker_device, solve_level_on_device
 from xmcdist.rankers.solver import SolverParams, solve_level
@@ -69,6 +71,18 @@ def test_costs_of_a_hundred(monkeypatch: pytest.MonkeyPatch, gram: bool) -> None
         want = rows(solve_level(features, p.Y, p.M, p.child_ptr, params))
         off = np.linalg.norm(solve(p, replace(params, max_iter=100), features) - want, axis=1)
         assert off.max() <= 1e-3 * np.linalg.norm(want, axis=1).max()  # conditioned a hundred times worse
+
+
+def test_asking_for_more_than_float32_holds_spoils_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many documents, few features, large costs: what K does not see of beta outgrows the rest."""
+    _force(monkeypatch, gram=False)
+    p = problem(docs=1500)
+    params = SolverParams(Cp=100, Cn=100, threshold=0.0)
+    for features in (Features(p.X, None), Features(None, p.E)):
+        near, report = solve(p, params, features), SolverReport()
+        tight = solve(p, replace(params, eps=1e-6), features, report=report)
+        assert report.on_cpu == 0
+        assert np.linalg.norm(tight - near, axis=1).max() <= 0.03 * np.linalg.norm(near, axis=1).max()
 
 
 @pytest.mark.parametrize("gram", [False, True])
@@ -269,10 +283,48 @@ def test_what_does_not_fit_together_is_refused() -> None:
             solve(p, EXACT, **bad)
 
 
-def test_precision_of_products_is_left_as_it_was() -> None:
-    before = torch.get_float32_matmul_precision()
-    solve(problem(), SolverParams())
-    assert torch.get_float32_matmul_precision() == before
+def test_products_are_of_full_precision_and_the_setting_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, real = [], device_solver.minimise
+
+    def minimise(*args: Any) -> Any:
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return real(*args)
+
+    monkeypatch.setattr(device_solver, "minimise", minimise)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        solve(problem(), SolverParams())
+        assert set(seen) == {"ieee"}
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_little_room_while_a_block_is_made_changes_nothing() -> None:
+    p = problem()
+    members = member_columns(p.M, (0, 4), weighted=False)
+    positives = positive_columns(p.Y, None, (0, 12))
+    options = {"Cp": 1.0, "Cn": 1.0, "bias": 0.5, "device": torch.device("cpu"), "resident": True}
+    level = Level(p.both, members, positives, p.child_ptr, **options)
+    items = [Item(0, 0, 3), Item(2, 1, 6), Item(3, 0, 3)]
+    wide, narrow = (Block(level, items, gram=True, room=room) for room in (10**9, 3000))
+    assert wide.K is not None
+    assert narrow.K is not None
+    for s, item in enumerate(items):
+        docs = np.union1d(np.flatnonzero(p.M[:, item.cluster].toarray()), _positives(p, item.cluster))
+        K = p.stacked[docs] @ p.stacked[docs].T + 0.25
+        for block in (wide, narrow):
+            np.testing.assert_allclose(block.K[s, : docs.size, : docs.size], K, atol=1e-5)
+    beta = torch.randn(wide.cost.shape, generator=torch.Generator().manual_seed(0)) * (wide.cost > 0)
+    for limit in (None, 4):
+        for a, b in zip(wide.weights(beta, 0.1, limit), narrow.weights(beta, 0.1, limit), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+    assert wide.weights(beta, 0.1, None).value.size > 200
+
+
+def _positives(p: Problem, cluster: int) -> np.ndarray:
+    return np.flatnonzero(p.Y[:, p.child_ptr[cluster] : p.child_ptr[cluster + 1]].sum(1).A1)
 
 
 @pytest.mark.parametrize("budget", [2_000_000, 60_000_000, 10**12])
@@ -296,10 +348,12 @@ def test_a_plan_has_every_node_once_and_keeps_to_the_budget(budget: int) -> None
     assert bool(plan.too_large) == (budget < 10**7)
 
 
-def test_like_clusters_share_a_block_and_unlike_ones_do_not() -> None:
+@pytest.mark.parametrize("gram", [False, True])
+def test_like_clusters_share_a_block_and_unlike_ones_do_not(monkeypatch: pytest.MonkeyPatch, gram: bool) -> None:
+    _force(monkeypatch, gram=gram)
     machine = Machine(1e12, 1e12, 1e12, 1e-9)
     documents = np.array([100, 3000, 101, 99, 2900])
-    sizes = Sizes(documents, documents * 1000, np.full(5, 50), 10**6, 0)
+    sizes = Sizes(documents, documents * 1000, np.full(5, 50), 10**6, 8)
     found = {tuple(sorted(i.cluster for i in b.items)) for b in make_plan(sizes, 10**12, machine).blocks}
     assert found == {(0, 2, 3), (1, 4)}
     assert Item(0, 0, 50) in next(b.items for b in make_plan(sizes, 10**12, machine).blocks if len(b.items) == 3)

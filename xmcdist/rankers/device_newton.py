@@ -44,8 +44,10 @@ _RISE = 0.1  # a full step may end on a rise of this share of the fall it began 
 _SEARCHES = 5  # evaluations of a line search
 _SHRINK = 0.75  # share of the nodes, padding included, below which solved ones are taken out of a block
 _FELL, _PATIENCE = 0.5, 5.0  # so many Newton steps without the gradient's square falling so far: rounding, no progress
+# What conjugate gradients leave of beta where K does not see it makes the gradient's norm doubtful by about this share
+# of the residual's; with very large costs it can outgrow all else, and the best beta so far is kept.
+_ROUNDING = 3e-10
 _FAR, _HARDLY = 1e-4, 0.2  # where that square is above this share of the squared norm, a step counts but so much
-_AFRESH = 4  # Newton steps after which margins, which come from a recurrence, are computed from beta
 
 
 class Operator(Protocol):
@@ -149,8 +151,9 @@ class _Nodes:
         self.slots = torch.arange(S, device=cost.device)  # [S'] ids in the block
         self.places = torch.arange(m, device=cost.device).expand(S, m)  # [S', m'] ids in the slot
         zeros, infinite = torch.zeros_like(cost), torch.full((S, 1, m), torch.inf, device=cost.device)
-        self.wide = {"sign": sign, "cost": cost, "beta": zeros, "margin": zeros.clone()}
+        self.wide = {"sign": sign, "cost": cost, "beta": zeros, "margin": zeros.clone(), "best": zeros.clone()}
         self.thin = {"first": infinite, "least": infinite.clone(), "since": torch.zeros_like(infinite)}
+        self.thin["error"] = infinite.clone()
 
     def evaluate(self, operator: Operator, loss: Loss, tolerance: float, work: Work) -> Tensor:
         """Gradient and curvature where the nodes stand; gives how many of each slot are not solved, ``[S']``.
@@ -163,17 +166,20 @@ class _Nodes:
         wide["image"] = _product(operator, residual, work)
         gradient = _dot(residual, wide["image"]).clamp_min_(0)
         norm = _dot(wide["beta"], wide["margin"]).clamp_min_(1e-30)
-        thin["gradient"], thin["error"], thin["goal"] = gradient, gradient / norm, norm * tolerance**2
+        found = (gradient + _ROUNDING * _dot(residual, residual)) / norm
+        wide["best"] = torch.where(found <= thin["error"], wide["beta"], wide["best"])
+        thin["error"] = torch.minimum(thin["error"], found)
+        thin["gradient"], thin["goal"] = gradient, norm * tolerance**2
         thin["first"] = torch.where(thin["first"].isinf(), gradient, thin["first"])
-        counts = torch.where(thin["error"] > _FAR, _HARDLY, 1.0)
+        counts = torch.where(found > _FAR, _HARDLY, 1.0)
         thin["since"] = torch.where(gradient < _FELL * thin["least"], 0, thin["since"] + counts)
         thin["least"] = torch.minimum(thin["least"], gradient)
-        thin["live"] = (gradient > thin["goal"]) & (thin["since"] < _PATIENCE)
+        thin["live"] = (found > tolerance**2) & (gradient > 0) & (thin["since"] < _PATIENCE)
         return thin["live"].sum((1, 2))
 
     def write(self, beta: Tensor, error: Tensor) -> None:
-        """Put beta and error where they belong in the whole block's ``[S, n, m]`` and ``[S, 1, m]``."""
-        for whole, own in ((beta, self.wide["beta"]), (error, self.thin["error"])):
+        """Put the best beta so far and its error where they belong in the block's ``[S, n, m]`` and ``[S, 1, m]``."""
+        for whole, own in ((beta, self.wide["best"]), (error, self.thin["error"])):
             index = self.places[:, None, :].expand(-1, whole.shape[1], -1)
             if self.slots.numel() == whole.shape[0]:
                 whole.scatter_(2, index, own)
@@ -265,7 +271,7 @@ def minimise(
         sign: ``[S, n, m]`` float32, +1 for positives, -1 otherwise.
         cost: ``[S, n, m]`` float32, 0 or more; 0 leaves the document out of the node's problem.
         loss: see `LOSSES`.
-        settings: when to stop.  A node that rounding keeps from its tolerance is left where it came to.
+        settings: when to stop.  A node that rounding keeps from its tolerance is left where it was nearest.
 
     Returns:
         beta ``[S, n, m]``; the bound that was reached on each node's relative error, ``[S, m]``;
@@ -277,8 +283,6 @@ def minimise(
     beta, error = torch.zeros_like(cost), torch.zeros_like(cost[:, :1])
     nodes, work = _Nodes(sign, cost), Work()
     for step in range(settings.newton_steps + 1):
-        if step % _AFRESH == _AFRESH - 1:
-            nodes.wide["margin"] = _product(operator, nodes.wide["beta"], work)
         unsolved = nodes.evaluate(operator, loss, settings.tolerance, work).cpu()  # waits for the device
         widest = int(unsolved.max())
         if widest == 0 or step == settings.newton_steps:

@@ -38,7 +38,6 @@ Say = Callable[[str], None]
 _LOSS_OF = {"l2svc_dual": "squared_hinge", "l2svc_primal": "squared_hinge", "logistic_dual": "logistic"}
 _TOLERANCE = 0.3  # times params.eps: the share of a node's weights that its gradient may be
 _FINEST = 1e-4  # float32 reaches no smaller share
-_UNSOLVED = 1.0  # bound on a node's relative error that says nothing: it is solved on the CPU
 _SHARE = 0.6  # of the free memory of a GPU
 _CPU_BUDGET = 1 << 30
 
@@ -222,14 +221,14 @@ class _Run:
             return LevelWeights((part,))
 
     def _solve_block(self, planned: Planned, settings: Settings, loss: str) -> list[Item]:
-        """Solve one block and keep its weights; gives the items that could not be solved in float32."""
+        """Solve one block and keep its weights; gives the items whose numbers are beyond float32."""
         items, report = planned.items, self.report
         with report.timed("blocks"):
             block = Block(self.level, items, gram=planned.gram, room=self.budget // 8)
         with report.timed("solve"):
             beta, error, work = minimise(block, block.sign, block.cost, LOSSES[loss], settings)
             del block.sign, block.cost
-            fine = (error <= _UNSOLVED).all(1).cpu()  # not so where it is no number
+            fine = (error + beta.sum(1)).isfinite().all(1).cpu()
         with report.timed("weights"):
             solved = block.weights(beta, self.params.threshold, self.params.max_nonzeros_per_label)
         with report.timed("chunks"):
