@@ -111,7 +111,7 @@ def solve_level_on_device(
 
     A node's gradient ends below ``0.3 * params.eps`` times the norm of its weights, which bounds
     its error by as much; 1e-4 is the least that float32 reaches.  ``params.max_iter`` bounds the
-    Newton steps.  Other blocks (another range or budget) round otherwise: weights agree to about 1e-6.
+    Newton steps.  Other blocks (another range or budget) round otherwise: weights agree within that.
 
     Args:
         features: of the N documents.
