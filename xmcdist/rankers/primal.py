@@ -34,29 +34,6 @@ _GAIN = 0.5  # conjugate gradients end when a step gains less than this share of
 _CG = 100  # most conjugate gradient steps
 
 
-@njit(cache=True, nogil=True)  # a gathered sum is slower by vector units: not SUMS
-def _score(cols: U32, vals: F32, begin: np.uint64, end: np.uint64, x: F32, bias: float, v: F64) -> float:
-    """Inner product of a document and ``v [F+d+1]``: sparse, dense and bias parts."""
-    last = v.size - 1
-    total = v[last] * bias
-    for k in range(begin, end):
-        total += v[cols[k]] * vals[k]
-    if x.size:
-        total += dot(v[last - x.size : last], x)
-    return total
-
-
-@njit(cache=True, nogil=True)
-def _add(cols: U32, vals: F32, begin: np.uint64, end: np.uint64, x: F32, bias: float, step: float, v: F64) -> None:
-    """Add ``step`` times a document to ``v``."""
-    last = v.size - 1
-    for k in range(begin, end):
-        v[cols[k]] += step * vals[k]
-    for j in range(x.size):
-        v[last - x.size + j] += step * x[j]
-    v[last] += step * bias
-
-
 @njit(cache=True, nogil=True, fastmath=SUMS)
 def _inner(a: F64, b: F64) -> float:
     """Inner product of two vectors."""
@@ -64,6 +41,23 @@ def _inner(a: F64, b: F64) -> float:
     for j in range(a.size):
         total += a[j] * b[j]
     return total
+
+
+# Three loops over documents follow.  A gathered sum is slower by vector units, so they are without
+# SUMS; and a call for each document, however short, takes longer than a short document.
+
+
+@njit(cache=True, nogil=True)
+def _products(indptr: U64, cols: U32, vals: F32, dense: F32, bias: float, documents: U32, v: F64, out: F64) -> None:
+    """``out[i]``: inner product of document i and ``v [F+d+1]``: sparse, dense and bias parts."""
+    last, width = v.size - 1, dense.shape[1]
+    for i in documents:
+        total = v[last] * bias
+        for k in range(indptr[i], indptr[i + np.uint32(1)]):
+            total += v[cols[k]] * vals[k]
+        if width:
+            total += dot(v[last - width : last], dense[i])
+        out[i] = total
 
 
 @njit(cache=True, nogil=True)
@@ -83,15 +77,39 @@ def _gradient(
 ) -> int:
     """Fill g and the documents inside the margin; how many those are."""
     g[:] = u
-    count = 0
+    count, last, width = 0, g.size - 1, dense.shape[1]
     for i in order:
         slack = 1.0 - y[i] * margins[i]
         if slack > 0.0:
             inside[count] = i
             count += 1
             step = -2.0 * cost[i] * y[i] * slack
-            _add(cols, vals, indptr[i], indptr[i + np.uint32(1)], dense[i], bias, step, g)
+            for k in range(indptr[i], indptr[i + np.uint32(1)]):
+                g[cols[k]] += step * vals[k]
+            for j in range(width):
+                g[last - width + j] += step * dense[i, j]
+            g[last] += step * bias
     return count
+
+
+@njit(cache=True, nogil=True)
+def _curve(indptr: U64, cols: U32, vals: F32, dense: F32, bias: float, cost: F64, inside: U32, p: F64, Hp: F64) -> None:
+    """``Hp`` is H times p."""
+    last, width = p.size - 1, dense.shape[1]
+    Hp[:] = p
+    for i in inside:
+        begin, end = indptr[i], indptr[i + np.uint32(1)]
+        t = p[last] * bias
+        for k in range(begin, end):
+            t += p[cols[k]] * vals[k]
+        if width:
+            t += dot(p[last - width : last], dense[i])
+        t *= 2.0 * cost[i]
+        for k in range(begin, end):
+            Hp[cols[k]] += t * vals[k]
+        for j in range(width):
+            Hp[last - width + j] += t * dense[i, j]
+        Hp[last] += t * bias
 
 
 @njit(cache=True, nogil=True)
@@ -115,11 +133,7 @@ def _direction(
         r[j] = p[j] = -g[j]
     rr, fall = _inner(r, r), 0.0
     for step in range(1, _CG + 1):
-        Hp[:] = p
-        for i in inside:
-            begin, end = indptr[i], indptr[i + np.uint32(1)]
-            t = 2.0 * cost[i] * _score(cols, vals, begin, end, dense[i], bias, p)
-            _add(cols, vals, begin, end, dense[i], bias, t, Hp)
+        _curve(indptr, cols, vals, dense, bias, cost, inside, p, Hp)
         a = rr / _inner(p, Hp)
         for j in range(g.size):
             s[j] += a * p[j]
@@ -217,8 +231,7 @@ def solve_primal(
         if length <= limit:
             break
         _direction(indptr, cols, vals, dense, bias, cost, inside[:count], g, s, r, p, Hp)
-        for i in order:
-            along[i] = _score(cols, vals, indptr[i], indptr[i + np.uint32(1)], dense[i], bias, s)
+        _products(indptr, cols, vals, dense, bias, order, s, along)
         t = _search(y, cost, order, margins, along, _inner(u, s), _inner(s, s))
         if t == 0.0:
             break
@@ -228,4 +241,4 @@ def solve_primal(
             margins[i] += t * along[i]
     w[:] = u[:features]
     wd[:] = u[features : size - 1]
-    return u[size - 1]
+    return float(u[size - 1])
