@@ -17,6 +17,7 @@ from tests.rankers.tiny import csr
 from xmcdist.config.compose import compose_run
 from xmcdist.rankers.kernels import squared_norms
 from xmcdist.rankers.logistic import descend_logistic
+from xmcdist.rankers.primal import _search
 from xmcdist.rankers.solver import SOLVERS, SolverParams, solve_level
 from xmcdist.sparse.features import Features
 
@@ -237,18 +238,18 @@ def test_a_logistic_step_on_one_document_is_exact() -> None:
 
 def _logistic(
     X: np.ndarray, y: np.ndarray, c: np.ndarray, eps: float, passes: int = 10_000
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weights with the bias feature's, and alphas, straight from the compiled solver."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights with the bias feature's, alphas, and the order it ended with, straight from the compiled solver."""
     S, n = csr(X), len(y)
     S.sort_indices()
     indptr, dense = S.indptr.astype(np.uint64), np.zeros((n, 0), np.float32)
-    w, alpha = np.zeros(X.shape[1]), np.zeros(n)
+    w, alpha, order = np.zeros(X.shape[1]), np.zeros(n), np.arange(n, dtype=np.uint32)
     norms = squared_norms(indptr, S.data, dense, 1.0)
     b = descend_logistic(
         indptr, S.indices.astype(np.uint32), S.data, dense, norms, 1.0, y, c,
-        np.arange(n, dtype=np.uint32), eps, passes, np.uint64(3), w, np.zeros(0), alpha,
+        order, eps, passes, np.uint64(3), w, np.zeros(0), alpha,
     )  # fmt: skip
-    return np.append(w, b), np.where(alpha < 0, c + alpha, alpha)
+    return np.append(w, b), np.where(alpha < 0, c + alpha, alpha), order
 
 
 @pytest.mark.parametrize("scale", [0.2, 3.0])
@@ -258,7 +259,7 @@ def test_logistic_alphas_stand_for_the_weights(cost: float, scale: float) -> Non
     rng = np.random.default_rng(0)
     X = csr(scale * rng.normal(size=(50, 4)) * (rng.random((50, 4)) < 0.6)).toarray()
     y, c = rng.choice([1.0, -1.0], 50, p=[0.2, 0.8]), cost * rng.choice([0.5, 2.0], 50)
-    w, alpha = _logistic(X, y, c, 1e-8)
+    w, alpha, _ = _logistic(X, y, c, 1e-8)
     A = np.hstack([X, np.ones((50, 1))]).astype(np.float64)
     assert ((alpha >= 0) & (alpha <= c)).all()
     np.testing.assert_allclose(A.T @ (alpha * y), w, rtol=1e-9, atol=1e-9 * np.abs(w).max())
@@ -274,7 +275,7 @@ def test_logistic_bears_odds_beyond_floats() -> None:
     for signs in ([1.0, -1, 1, -1], [-1.0, -1, -1, -1], [1.0, 1, 1, -1]):
         for costs in ([1.0, 1, 1, 1], [1e6, 1, 1e-6, 1], [1e-3, 1e3, 1e-3, 1e3]):
             y, c = np.array(signs), np.array(costs)
-            w, alpha = _logistic(X, y, c, 1e-6)
+            w, alpha, _ = _logistic(X, y, c, 1e-6)
             assert ((alpha >= 0) & (alpha <= c)).all()
             np.testing.assert_allclose(A.T @ (alpha * y), w, rtol=1e-6, atol=1e-6)
             assert dual("logistic_dual", alpha, A, y, c) >= dual("logistic_dual", np.full(4, 1e-300), A, y, c)
@@ -285,10 +286,22 @@ def test_logistic_bears_odds_beyond_floats() -> None:
 
 def test_logistic_stops_though_one_document_is_beyond_doubt() -> None:
     """A document so long that its alpha would be smaller than any float."""
-    X, y, c = np.array([[1.0], [1e5], [0.5]]), np.ones(3), np.ones(3)
-    w, alpha = _logistic(X, y, c, 1e-9)
-    early, _ = _logistic(X, y, c, 1e-9, passes=100)
-    assert early.tobytes() == w.tobytes()
-    A = np.hstack([X, np.ones((3, 1))])
+    X, y, c = np.array([[1.0], [1e5], [0.5], [0.1], [0.2], [0.3]]), np.ones(6), np.ones(6)
+    w, alpha, order = _logistic(X, y, c, 1e-9)
+    assert order.tolist() == _logistic(X, y, c, 1e-9, passes=200)[2].tolist()  # shuffled in every pass
+    assert order.tolist() != _logistic(X, y, c, 1e-9, passes=3)[2].tolist()
+    A = np.hstack([X, np.ones((6, 1))])
     top, bottom = primal("logistic_dual", w, A, y, c), dual("logistic_dual", alpha, A, y, c)
     assert abs(top - bottom) < 1e-12
+
+
+@pytest.mark.parametrize("far", [0.01, 1.0, 30.0])
+def test_line_search_finds_the_lowest_point(far: float) -> None:
+    rng = np.random.default_rng(0)
+    A, y, c = rng.normal(size=(30, 5)), rng.choice([1.0, -1.0], 30), rng.choice([0.1, 2.0], 30)
+    u = rng.normal(size=5)
+    s = -far * (u - A.T @ (duals("l2svc_primal", u, A, y, c) * y))
+    t = _search(y, c, np.arange(30, dtype=np.uint32), A @ u, A @ s, u @ s, s @ s)
+    best = minimize_scalar(lambda t: primal("l2svc_primal", u + t * s, A, y, c), options={"xtol": 1e-10})
+    assert t == pytest.approx(best.x, rel=2e-3)
+    assert _search(y, c, np.arange(30, dtype=np.uint32), A @ u, -A @ s, -u @ s, s @ s) == 0.0
