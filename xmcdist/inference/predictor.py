@@ -219,8 +219,9 @@ class Predictor:
             raise UserError("predict takes a list of texts; write predict([text])")
         if self.wants_text and texts is None:
             raise UserError("this model reads texts; give them")
-        if texts is not None and given is not None and self.wants_features and len(texts) != given.shape[0]:
-            raise UserError(f"{len(texts)} texts and {given.shape[0]} rows of features")
+        count = len(texts or [])
+        if given is not None and self.wants_features and (count or self.wants_text) and count != given.shape[0]:
+            raise UserError(f"{count} texts and {given.shape[0]} rows of features")
         sparse = dense = None
         if self.tfidf is not None and self.rankers.num_sparse:
             if self.tfidf.fingerprint not in seen:
