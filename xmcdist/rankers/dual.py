@@ -307,7 +307,7 @@ def solve_dual(
     )
     counts, bias_out, dense_out = np.zeros(m, np.int64), np.zeros(m, np.float32), np.zeros((m, d), np.float32)
     ranks, values = np.empty(features, np.uint32), np.empty(features, np.float32)
-    used = 0
+    used = np.int64(0)
     for a in range(0, m, lanes):
         b = min(a + lanes, m)
         _fill(state, a, b, shared, negative, pos_ptr, pos, pos_cost, hinge)

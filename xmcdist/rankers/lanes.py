@@ -18,10 +18,13 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.core import cgutils as _cgutils
+from numba.extending import intrinsic as _intrinsic
 
 __all__ = ["add_dense", "add_sparse", "dense_products", "dual_step", "prefetch", "prefetch_rows", "sparse_products"]
+
+cgutils: Any = _cgutils  # numba tells no types of these
+intrinsic: Any = _intrinsic
 
 _CHAINS = 4  # sums that do not wait for each other
 _FAST = ("contract",)  # multiply and add in one instruction
@@ -32,7 +35,7 @@ _CACHE_LINE = 64  # bytes
 class _Vectors:
     """Vectors of one kind, at the place of the program where ``b`` stands."""
 
-    def __init__(self, b: ir.IRBuilder, lanes: int, array: types.Array) -> None:
+    def __init__(self, b: ir.IRBuilder, lanes: int, array: Any) -> None:
         self.b, self.lanes = b, lanes
         self.element = ir.FloatType() if array.dtype == types.float32 else ir.DoubleType()
         self.type = ir.VectorType(self.element, lanes)

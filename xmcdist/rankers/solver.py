@@ -289,8 +289,7 @@ class _Problem:
         pointers = Y.ptr[a : b + 1] - Y.ptr[a]
         cost = params.Cp * Y.values[span].astype(np.float64)
         matrix = (local.indptr, local.cols, local.vals, local.dense, local.norms)
-        stop_at = (float(params.eps), int(params.max_iter), float(params.bias))
-        stop_at = (*stop_at, float(params.threshold))
+        settings = (float(params.eps), int(params.max_iter), float(params.bias), float(params.threshold))
         seed = np.uint64(params.seed)
         if params.solver in _SIDE_BY_SIDE:
             ids = _NO_IDS if local.ids is None else local.ids
@@ -299,13 +298,13 @@ class _Problem:
             return _side_by_side(
                 lambda wide, pointers, pos, cost: solve_dual(
                     wide, self.like, *matrix, ids, local.by_feature, local.shared, extra, local.negative,
-                    pointers, pos, cost, cluster, seed, params.solver == "l1svc_dual", *stop_at,
+                    pointers, pos, cost, cluster, seed, params.solver == "l1svc_dual", *settings,
                 ),
                 pointers, positives, cost, lanes,
             )  # fmt: skip
         solved: Weights = solve_nodes(
             *matrix, local.by_feature, local.shared, local.negative, pointers, positives, cost,
-            int(start), seed, params.solver == "l2svc_primal", *stop_at,
+            int(start), seed, params.solver == "l2svc_primal", *settings,
         )  # fmt: skip
         return solved
 
