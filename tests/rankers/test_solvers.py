@@ -298,7 +298,7 @@ def test_logistic_stops_though_one_document_is_beyond_doubt() -> None:
 @pytest.mark.parametrize("far", [0.01, 1.0, 30.0])
 def test_line_search_finds_the_lowest_point(far: float) -> None:
     rng = np.random.default_rng(0)
-    A, y, c = rng.normal(size=(30, 5)), rng.choice([1.0, -1.0], 30), rng.choice([0.1, 2.0], 30)
+    A, y, c = rng.normal(size=(30, 5)), rng.choice([1.0, -1.0], 30), rng.choice([0.01, 0.2], 30)
     u = rng.normal(size=5)
     s = -far * (u - A.T @ (duals("l2svc_primal", u, A, y, c) * y))
     t = _search(y, c, np.arange(30, dtype=np.uint32), A @ u, A @ s, u @ s, s @ s)
