@@ -16,7 +16,7 @@ from xmcdist.observability import compiling
 
 _ROOT = Path(__file__).parents[2]
 _CALL = (
-    "import numpy as np; from xmcdist.trees.kernels import rearrange; "
+    "import numpy as np; from xmcdist.trees.halving import rearrange; "
     "rearrange(np.arange(3, dtype=np.uint32), np.zeros(3, dtype=np.uint8), np.empty(4, dtype=np.uint32)); print('done')"
 )
 
@@ -86,7 +86,7 @@ class _Terminal(io.StringIO):
         return True
 
 
-def _event(name: str, module: str = "xmcdist.trees.kernels") -> SimpleNamespace:
+def _event(name: str, module: str = "xmcdist.trees.halving") -> SimpleNamespace:
     function = SimpleNamespace(__module__=module)
     stats = SimpleNamespace(cache_path="/cache")
     return SimpleNamespace(data={"dispatcher": SimpleNamespace(py_func=function, stats=stats, __name__=name)})

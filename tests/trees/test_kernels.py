@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from xmcdist.trees.kernels import bisect_subtree, lower_half, pack_columns, pick_two, rearrange
+from xmcdist.trees.halving import lower_half, rearrange
+from xmcdist.trees.kernels import bisect_subtree, pack_columns, pick_two
 from xmcdist.trees.matrix import frozen
 
 _RNG = np.random.default_rng(0)

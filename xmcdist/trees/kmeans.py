@@ -20,18 +20,15 @@ from xmcdist.parallel.launch import World
 from xmcdist.parallel.shards import row_range
 from xmcdist.sparse.features import Features
 from xmcdist.trees.errors import TreeError
+from xmcdist.trees.halving import LEFT, RIGHT, lower_half, rearrange
 from xmcdist.trees.kernels import (
-    LEFT,
-    RIGHT,
     add_rows,
     bisect_subtree,
     direction_between,
     direction_of_sums,
-    lower_half,
     move,
     pack_columns,
     pick_two,
-    rearrange,
     score_rows,
 )
 from xmcdist.trees.matrix import Matrix, frozen
