@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from linear_vs_pecos import ROOT, cpu_seconds, hardware, matrices, ours_tree, prepare, warm_up
 
 KINDS = [("1 thread", 1, 1), ("2 threads", 1, 2), ("2 processes", 2, 1), ("4 processes", 4, 1)]

@@ -144,6 +144,9 @@ def _pass(
             far, near = visit[q + _FAR], visit[q + _NEAR]
             prefetch(cols, indptr[far], indptr[far + one])
             prefetch(vals, indptr[far], indptr[far + one])
+            place = np.uint64(far) * np.uint64(lanes)
+            prefetch(alpha, place, place + np.uint64(lanes))
+            prefetch(cost, place, place + np.uint64(lanes))
             prefetch_rows(width, cols, indptr[near], indptr[near + one], weights)
         begin, end = indptr[i], indptr[i + one]
         for j in range(lanes):

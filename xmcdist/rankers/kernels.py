@@ -20,7 +20,7 @@ __all__ = [
     "compact_rows",
     "dot",
     "feature_major",
-    "local_positives",
+    "join_documents",
     "next_random",
     "select_columns",
     "shuffle",
@@ -71,7 +71,7 @@ def compact_rows(indptr: I64, indices: U32, data: F32, docs: I64, where: U32) ->
         indices: see ``indptr``.
         data: see ``indptr``.
         docs: ``[n]`` row ids.
-        where: ``[D]`` zeros; scratch.
+        where: ``[D]`` zeros; scratch, zeros again afterwards.
 
     Returns:
         indptr ``[n+1]``, local indices, data, and the global id of every local column ``[F]``.
@@ -96,6 +96,8 @@ def compact_rows(indptr: I64, indices: U32, data: F32, docs: I64, where: U32) ->
             out_idx[at] = where[f] - np.uint32(1)
             out_val[at] = data[k]
             at += np.uint64(1)
+    for j in range(found):
+        where[columns[j]] = 0
     return out_ptr, out_idx, out_val, columns[:found].copy()
 
 
@@ -115,12 +117,40 @@ def squared_norms(indptr: U64, data: F32, dense: F32, bias: float) -> F64:
 
 
 @njit(cache=True, nogil=True)
-def local_positives(docs: I64, rows: I64) -> U32:
-    """Positions of the document ids ``rows`` in the sorted array ``docs``; every one is there."""
-    out = np.empty(rows.size, np.uint32)
-    for k in range(rows.size):
-        out[k] = np.searchsorted(docs, rows[k])
-    return out
+def join_documents(own: U32, positives: U32) -> tuple[I64, U32, U32, U32]:
+    """The documents of a cluster and those that are positives of its nodes, as one ascending list.
+
+    Args:
+        own: ascending ids.
+        positives: ids, node after node, so that an id may come again.
+
+    Returns:
+        ids; then positions among them of the cluster's own documents, of the others, and of
+        every one of ``positives``.
+    """
+    outside, count = np.empty(positives.size, np.uint32), 0
+    for i in positives:
+        at = np.searchsorted(own, i)
+        if at == own.size or own[at] != i:
+            outside[count] = i
+            count += 1
+    others = np.sort(outside[:count])
+    docs = np.empty(own.size + count, np.int64)
+    shared, extra = np.empty(own.size, np.uint32), np.empty(count, np.uint32)
+    found, a, more = 0, 0, 0
+    for b in range(count + 1):
+        while a < own.size and (b == count or own[a] < others[b]):
+            docs[found], shared[a] = own[a], found
+            found += 1
+            a += 1
+        if b < count and (b == 0 or others[b] != others[b - 1]):
+            docs[found], extra[more] = others[b], found
+            found += 1
+            more += 1
+    places = np.empty(positives.size, np.uint32)
+    for k in range(positives.size):
+        places[k] = np.searchsorted(docs[:found], positives[k])
+    return docs[:found], shared, extra[:more], places
 
 
 @njit(cache=True, nogil=True)

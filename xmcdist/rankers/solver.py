@@ -18,6 +18,7 @@ LIBLINEAR, JMLR 2008; Yu et al., PECOS, arXiv:2010.05878 (the tree).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -174,14 +175,16 @@ def _largest(counts: NDArray[Any], ranks: NDArray[Any], values: NDArray[Any], li
 class _Documents(NamedTuple):
     """The documents one cluster's nodes train on, with features renumbered; or all documents as they are."""
 
-    ids: NDArray[np.int64] | None  # [n] ascending; None: all
+    ids: NDArray[np.int64]  # [n] ascending; empty: all
     indptr: NDArray[np.uint64]
     cols: NDArray[np.uint32]
     vals: NDArray[np.float32]
     dense: NDArray[np.float32]  # [n, d]
     norms: NDArray[np.float64]  # [n]
     by_feature: NDArray[np.int64]  # [F] local columns in the order of their global ids
-    shared: NDArray[np.uint32]  # documents that train every node; the rest are positives of some
+    shared: NDArray[np.uint32]  # documents that train every node
+    extra: NDArray[np.uint32]  # the rest, positives of some
+    positives: NDArray[np.uint32]  # of all nodes, one after the other
     negative: NDArray[np.float64]  # [n] costs of the shared ones as negatives
     columns: NDArray[np.int64]  # [F] global ids, ascending
 
@@ -219,6 +222,7 @@ class _Problem:
         self.out_dense = np.zeros((nodes[1] - nodes[0], self.num_dense), np.float32)  # filled cluster by cluster
         self.out_bias = np.zeros(nodes[1] - nodes[0], np.float32)
         fine = params.eps < _FINE if params.precision == "auto" else params.precision == "float64"
+        self.scratch = threading.local()
         self.like = np.zeros((0, 0), np.float64 if fine else np.float32)  # what to reckon in
         self.costs = level_costs(self._sizes(), self.num_dense, self.bounds)
 
@@ -240,65 +244,59 @@ class _Problem:
         own, weights = self.members.rows[span], self.members.values[span]
         start, stop = self.bounds[c : c + 2] - self.nodes[0]
         positives = self.positives.rows[self.positives.ptr[start] : self.positives.ptr[stop]]
-        docs = np.union1d(own, positives).astype(np.int64)
+        docs, shared, extra, places = kernels.join_documents(own, positives)
         if docs.size > _MOST * self.num_docs:
-            return self._all_documents(own, weights)
-        where = np.zeros(self.num_sparse, np.uint32)
-        indptr, cols, vals, columns = kernels.compact_rows(self.indptr, self.indices, self.data, docs, where)
-        dense = np.ascontiguousarray(self.dense[docs])
+            # Every document where it is, where a copy would be one of nearly all.  The solver meets
+            # the same documents in the same order, and each one's values in the same order, so
+            # the weights are those of renumbered features bit for bit.
+            features = np.arange(self.num_sparse)
+            matrix = (self.indptr.view(np.uint64), self.indices, self.data, self.dense)
+            others = docs[extra].astype(np.uint32)
+            return self._documents(_NO_IDS, matrix, features, features, own, others, positives, weights)
+        if not hasattr(self.scratch, "where"):
+            self.scratch.where = np.zeros(self.num_sparse, np.uint32)
+        *sparse, columns = kernels.compact_rows(self.indptr, self.indices, self.data, docs, self.scratch.where)
         by_feature = np.argsort(columns, kind="stable").astype(np.int64)
-        shared = kernels.local_positives(docs, own.astype(np.int64))
-        return self._documents(docs, indptr, cols, vals, dense, by_feature, shared, weights, columns[by_feature])
-
-    def _all_documents(self, own: NDArray[np.uint32], weights: NDArray[np.float32]) -> _Documents:
-        """Every document where it is, for a cluster with so many that a copy would be one of nearly all.
-
-        The solver meets the same documents in the same order, and each one's values in the
-        same order, so the weights are those of renumbered features bit for bit.
-        """
-        features = np.arange(self.num_sparse)
-        indptr = self.indptr.view(np.uint64)
-        return self._documents(None, indptr, self.indices, self.data, self.dense, features, own, weights, features)
+        matrix = (*sparse, np.ascontiguousarray(self.dense[docs]))
+        return self._documents(docs, matrix, by_feature, columns[by_feature], shared, extra, places, weights)
 
     def _documents(
         self,
-        ids: NDArray[np.int64] | None,
-        indptr: NDArray[np.uint64],
-        cols: NDArray[np.uint32],
-        vals: NDArray[np.float32],
-        dense: NDArray[np.float32],
+        ids: NDArray[np.int64],
+        matrix: tuple[NDArray[Any], ...],
         by_feature: NDArray[np.int64],
-        shared: NDArray[np.uint32],
-        weights: NDArray[np.float32],
         columns: NDArray[np.int64],
+        shared: NDArray[np.uint32],
+        extra: NDArray[np.uint32],
+        positives: NDArray[np.uint32],
+        weights: NDArray[np.float32],
     ) -> _Documents:
-        vals, dense = frozen(vals), frozen(dense)
+        indptr, cols, vals, dense = matrix[0], frozen(matrix[1]), frozen(matrix[2]), frozen(matrix[3])
         norms = kernels.squared_norms(indptr, vals, dense, float(self.params.bias))
         negative = np.zeros(norms.size)
         negative[shared] = self.params.Cn * weights.astype(np.float64)
-        return _Documents(ids, indptr, frozen(cols), vals, dense, norms, by_feature, shared, negative, columns)
+        return _Documents(
+            ids, indptr, cols, vals, dense, norms, by_feature, shared, extra, positives, negative, columns
+        )
 
     def _solve(self, local: _Documents, start: int, stop: int, lanes: int = _LANES[0]) -> Weights:
         """Solve the nodes ``[start, stop)`` of one cluster, at most ``lanes`` side by side."""
         params, Y = self.params, self.positives
         a, b = start - self.nodes[0], stop - self.nodes[0]
         span = slice(Y.ptr[a], Y.ptr[b])
-        positives = Y.rows[span]
-        if local.ids is not None:
-            positives = kernels.local_positives(local.ids, positives.astype(np.int64))
+        c = int(np.searchsorted(self.bounds, start, side="right")) - 1
+        origin = Y.ptr[self.bounds[c] - self.nodes[0]]
+        positives = local.positives[span.start - origin : span.stop - origin]
         pointers = Y.ptr[a : b + 1] - Y.ptr[a]
         cost = params.Cp * Y.values[span].astype(np.float64)
         matrix = (local.indptr, local.cols, local.vals, local.dense, local.norms)
         settings = (float(params.eps), int(params.max_iter), float(params.bias), float(params.threshold))
         seed = np.uint64(params.seed)
         if params.solver in _SIDE_BY_SIDE:
-            ids = _NO_IDS if local.ids is None else local.ids
-            extra = np.setdiff1d(positives, local.shared).astype(np.uint32)
-            cluster = self.first + int(np.searchsorted(self.bounds, start, side="right")) - 1
             return _side_by_side(
                 lambda wide, pointers, pos, cost: solve_dual(
-                    wide, self.like, *matrix, ids, local.by_feature, local.shared, extra, local.negative,
-                    pointers, pos, cost, cluster, seed, params.solver == "l1svc_dual", *settings,
+                    wide, self.like, *matrix, local.ids, local.by_feature, local.shared, local.extra, local.negative,
+                    pointers, pos, cost, self.first + c, seed, params.solver == "l1svc_dual", *settings,
                 ),
                 pointers, positives, cost, lanes,
             )  # fmt: skip
