@@ -26,8 +26,6 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from linear_vs_pecos import ROOT, cpu_seconds, hardware, matrices, ours_tree, prepare, warm_up
 
 KINDS = [("1 thread", 1, 1), ("2 threads", 1, 2), ("2 processes", 2, 1), ("4 processes", 4, 1)]
@@ -83,6 +81,7 @@ def run(folder: Path, processes: int, threads: int) -> tuple[float, float]:
 
 def main() -> None:
     """Parse the command line and run everything."""
+    sys.path.insert(0, str(ROOT))
     if len(sys.argv) == 3 and sys.argv[1] == "--worker":
         worker(json.loads(sys.argv[2]))
         return

@@ -58,6 +58,21 @@ class _State(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
+def _room(n: int, features: int, d: int, lanes: int, like: Lanes) -> _State:
+    """Memory for a group of nodes; costs are ones, so that no lane reckons with what it finds there."""
+    kind = like.dtype
+    return _State(
+        np.empty(n, np.uint16),
+        np.empty(n, np.uint16),
+        np.ones((n, lanes), kind),
+        np.empty((n, lanes), kind),
+        np.empty((features, lanes), kind),
+        np.empty((d, lanes), kind),
+        np.empty((1, lanes), kind),
+    )
+
+
+@njit(cache=True, nogil=True)
 def _fill(
     state: _State, a: int, b: int, shared: U32, negative: F64, pos_ptr: I64, pos: U32, pos_cost: F64, hinge: bool
 ) -> None:
@@ -298,21 +313,15 @@ def solve_dual(
         kept weights per node, their feature ranks and values, dense weights ``[m, d]``, bias terms ``[m]``.
     """
     n, features, m, d = norms.size, by_feature.size, pos_ptr.size - 1, dense.shape[1]
-    kind, key = like.dtype, next_random(seed ^ next_random(np.uint64(cluster))[1])[0]
-    state = _State(
-        np.empty(n, np.uint16),
-        np.empty(n, np.uint16),
-        np.ones((n, lanes), kind),
-        np.empty((n, lanes), kind),
-        np.empty((features, lanes), kind),
-        np.empty((d, lanes), kind),
-        np.empty((1, lanes), kind),
-    )
+    key = next_random(seed ^ next_random(np.uint64(cluster))[1])[0]
+    state = _room(n, features, d, lanes, like)
     counts, bias_out, dense_out = np.zeros(m, np.int64), np.zeros(m, np.float32), np.zeros((m, d), np.float32)
     ranks, values = np.empty(features, np.uint32), np.empty(features, np.float32)
     used = np.int64(0)
     for a in range(0, m, lanes):
         b = min(a + lanes, m)
+        if b - a <= lanes // 2 and lanes > 4:  # what is left over needs fewer
+            state = _room(n, features, d, 4 if b - a <= 4 else 8, like)
         _fill(state, a, b, shared, negative, pos_ptr, pos, pos_cost, hinge)
         _descend(indptr, cols, vals, dense, norms, ids, value, state, shared, extra, key, hinge, eps, max_iter)
         ranks, values = _keep(state.weights, by_feature, b - a, threshold, counts[a:b], ranks, values, used)

@@ -141,27 +141,6 @@ def solve_level(
     return problem.assemble([chunks.pop(p) for p in sorted(chunks)])
 
 
-def _side_by_side(
-    solve: Callable[..., Weights],
-    pointers: NDArray[np.int64],
-    positives: NDArray[np.uint32],
-    cost: NDArray[np.float64],
-    lanes: int,
-) -> Weights:
-    """Solve groups as wide as can be, and what is left over in a narrower one."""
-    m = pointers.size - 1
-    whole = m - m % lanes
-    rest = next((n for n in reversed(_LANES) if n >= m - whole), lanes)
-    if rest == lanes:
-        whole = m
-    parts = []
-    for a, b, wide in ((0, whole, lanes), (whole, m, rest)) if m else ((0, 0, lanes),):
-        if a < b or m == 0:
-            span = slice(pointers[a], pointers[b])
-            parts.append(solve(wide, pointers[a : b + 1] - pointers[a], positives[span], cost[span]))
-    return parts[0] if len(parts) == 1 else tuple(np.concatenate(x) for x in zip(*parts, strict=True))
-
-
 def _largest(counts: NDArray[Any], ranks: NDArray[Any], values: NDArray[Any], limit: int) -> Weights:
     """At most ``limit`` weights a node, those of largest size; ties to the smaller feature."""
     node = np.repeat(np.arange(counts.size), counts)
@@ -244,26 +223,37 @@ class _Problem:
         own, weights = self.members.rows[span], self.members.values[span]
         start, stop = self.bounds[c : c + 2] - self.nodes[0]
         positives = self.positives.rows[self.positives.ptr[start] : self.positives.ptr[stop]]
-        docs, shared, extra, places = kernels.join_documents(own, positives)
-        if docs.size > _MOST * self.num_docs:
-            # Every document where it is, where a copy would be one of nearly all.  The solver meets
-            # the same documents in the same order, and each one's values in the same order, so
-            # the weights are those of renumbered features bit for bit.
-            features = np.arange(self.num_sparse)
-            matrix = (self.indptr.view(np.uint64), self.indices, self.data, self.dense)
-            others = docs[extra].astype(np.uint32)
-            return self._documents(_NO_IDS, matrix, features, features, own, others, positives, weights)
+        if own.size + positives.size > _MOST * self.num_docs:
+            docs, _, extra, _ = kernels.join_documents(own, positives)
+            if docs.size > _MOST * self.num_docs:
+                return self._all_documents(own, docs[extra].astype(np.uint32), positives, weights)
         if not hasattr(self.scratch, "where"):
             self.scratch.where = np.zeros(self.num_sparse, np.uint32)
-        *sparse, columns = kernels.compact_rows(self.indptr, self.indices, self.data, docs, self.scratch.where)
-        by_feature = np.argsort(columns, kind="stable").astype(np.int64)
-        matrix = (*sparse, np.ascontiguousarray(self.dense[docs]))
-        return self._documents(docs, matrix, by_feature, columns[by_feature], shared, extra, places, weights)
+        docs, shared, extra, places, *matrix, by_feature, columns = kernels.gather(
+            own, positives, self.indptr, self.indices, self.data, self.dense, self.scratch.where
+        )
+        return self._documents(docs, matrix, by_feature, columns, shared, extra, places, weights)
+
+    def _all_documents(
+        self,
+        own: NDArray[np.uint32],
+        others: NDArray[np.uint32],
+        positives: NDArray[np.uint32],
+        weights: NDArray[np.float32],
+    ) -> _Documents:
+        """Every document where it is, for a cluster with so many that a copy would be one of nearly all.
+
+        The solver meets the same documents in the same order, and each one's values in the
+        same order, so the weights are those of renumbered features bit for bit.
+        """
+        features = np.arange(self.num_sparse)
+        matrix = (self.indptr.view(np.uint64), self.indices, self.data, self.dense)
+        return self._documents(_NO_IDS, matrix, features, features, own, others, positives, weights)
 
     def _documents(
         self,
         ids: NDArray[np.int64],
-        matrix: tuple[NDArray[Any], ...],
+        matrix: Sequence[NDArray[Any]],
         by_feature: NDArray[np.int64],
         columns: NDArray[np.int64],
         shared: NDArray[np.uint32],
@@ -293,13 +283,11 @@ class _Problem:
         settings = (float(params.eps), int(params.max_iter), float(params.bias), float(params.threshold))
         seed = np.uint64(params.seed)
         if params.solver in _SIDE_BY_SIDE:
-            return _side_by_side(
-                lambda wide, pointers, pos, cost: solve_dual(
-                    wide, self.like, *matrix, local.ids, local.by_feature, local.shared, local.extra, local.negative,
-                    pointers, pos, cost, self.first + c, seed, params.solver == "l1svc_dual", *settings,
-                ),
-                pointers, positives, cost, lanes,
+            side_by_side: Weights = solve_dual(
+                lanes, self.like, *matrix, local.ids, local.by_feature, local.shared, local.extra, local.negative,
+                pointers, positives, cost, self.first + c, seed, params.solver == "l1svc_dual", *settings,
             )  # fmt: skip
+            return side_by_side
         solved: Weights = solve_nodes(
             *matrix, local.by_feature, local.shared, local.negative, pointers, positives, cost,
             int(start), seed, params.solver == "l2svc_primal", *settings,
