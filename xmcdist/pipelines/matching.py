@@ -185,7 +185,12 @@ class _Level:
         features = Features(sparse=None, dense=np.load(above / "E.npy", mmap_mode="r", allow_pickle=False))
         c = cfg.bootstrap_c
         params = SolverParams(
-            Cp=c, Cn=c, threshold=0.0, seed=self.run.cfg.seed, max_iter=_BOOTSTRAP_PASSES, eps=_NEVER_STOP,
+            Cp=c,
+            Cn=c,
+            threshold=0.0,
+            seed=self.run.cfg.seed,
+            max_iter=_BOOTSTRAP_PASSES,
+            eps=_NEVER_STOP,
             precision="float32",
         )
         relevance = self.Y if cfg.bootstrap == "weighted-linear" else None
