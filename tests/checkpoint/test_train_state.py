@@ -221,7 +221,7 @@ def test_training_goes_on_while_a_save_is_written(rank: int, world_size: int, tm
     with pytest.raises(UserError, match=r"rank 1: no space left while writing .*step-6.partial.*before it are whole"):
         _save(store, 7, ROWS, _encoder())  # ... which learns of it at the next, on every rank
     assert store.latest() == tmp_path / "step-5"
-    assert not list(tmp_path.glob("*.partial"))  # its space is free again
+    assert not list(tmp_path.glob("step-[67].partial"))  # their space is free again; another rank may be at 8
     storage._save_file = write
     _save(store, 8, ROWS, _encoder())
     store.finish()
