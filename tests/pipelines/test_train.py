@@ -143,11 +143,11 @@ def test_a_damaged_model_is_named(data: Path, tmp_path: Path) -> None:
     cfg = compose_run([f"dataset.path={data}", f"run_dir={tmp_path / 'run'}", "encoder=none", "tree.max_leaf_size=5"])
     train(cfg, World.single())
     model = tmp_path / "run" / "model"
-    value = next((model / "rankers" / "level-2").rglob("value.npy"))
+    value = next((model / "rankers" / "level-2").glob("*.safetensors"))
     content = value.read_bytes()
     value.unlink()
     value.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"value\.npy"):
+    with pytest.raises(UserError, match=r"level-2/part-00000-of-00001\.safetensors"):
         xmcdist.load(str(model))
     with pytest.raises(UserError, match="is no model folder"):
         xmcdist.load(str(tmp_path))
