@@ -30,9 +30,9 @@ from xmcdist.matchers.candidates import Candidates, CandidateSource
 from xmcdist.matchers.head import ShardedHead
 from xmcdist.matchers.losses import ragged_loss
 from xmcdist.parallel.collectives import all_gather_embeddings, all_reduce
-from xmcdist.parallel.traffic import TRAFFIC
 from xmcdist.schedules.lr import lr_factor
 from xmcdist.training.engine import Engine
+from xmcdist.training.meters import Window
 from xmcdist.training.optim import head_optimizer, load_moments, moments, set_lr
 
 __all__ = ["DivergedError", "LevelHooks", "LevelResult", "LevelTask", "train_level"]
@@ -191,14 +191,19 @@ def train_level(
     if resume is not None:
         state.restore(resume)
     losses: list[float] = []
-    window = _Window(state.step)
+    window = Window(state.step)
     wrapped.train()
     while state.step < task.steps:
         loss, norm = _step(engine, wrapped, state, task, window)
         state.step += 1
         losses.append(loss)
         if state.step % task.log_every == 0 or state.step == task.steps:
-            hooks.log(window.flush(task, state, loss, norm))
+            hooks.log(
+                window.flush(
+                    {"level": task.level, "step": state.step, "total": task.steps}
+                    | {"loss": loss, "lr": state.lr, "grad_norm": norm}
+                )
+            )
         if task.matcher.validation_fraction and (state.step % task.matcher.eval_every == 0 or state.step == task.steps):
             value = hooks.evaluate(engine.plain(), head)
             wrapped.train()
@@ -216,7 +221,7 @@ def train_level(
     return result
 
 
-def _step(engine: Engine, wrapped: nn.Module, state: _State, task: LevelTask, window: _Window) -> tuple[float, float]:
+def _step(engine: Engine, wrapped: nn.Module, state: _State, task: LevelTask, window: Window) -> tuple[float, float]:
     """One optimizer step; returns the loss over the global batch and the gradient norm, equal on all ranks."""
     torch.manual_seed(_seed(task.seed, task.level, state.step, engine.world.rank))
     factor = lr_factor(task.schedule, state.step, task.steps)
@@ -255,7 +260,7 @@ def _micro_loss(
     wrapped: nn.Module,
     state: _State,
     task: LevelTask,
-    window: _Window,
+    window: Window,
     docs: NDArray[np.int64],
     batch: int,
 ) -> Tensor:
@@ -303,40 +308,3 @@ def _loss(head: ShardedHead, embedding: Tensor, candidates: Candidates, cfg: Mat
 
 def _seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-class _Window:
-    """What is averaged between two log lines."""
-
-    def __init__(self, step: int) -> None:
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        self.first, self.started, self.traffic = step, time.perf_counter(), TRAFFIC.copy()
-        self.documents, self.scored, self.active, self.waiting = 0, 0, 0, 0.0
-
-    def add(self, documents: int, scored: int, active: int, waiting: float) -> None:
-        self.documents += documents
-        self.scored += scored  # those of this replica
-        self.active += active
-        self.waiting += waiting
-
-    def flush(self, task: LevelTask, state: _State, loss: float, norm: float) -> dict[str, Any]:
-        took = max(time.perf_counter() - self.started, 1e-9)
-        steps, traffic = max(state.step - self.first, 1), TRAFFIC.since(self.traffic)
-        row = {
-            "level": task.level,
-            "step": state.step,
-            "total": task.steps,
-            "loss": loss,
-            "lr": state.lr,
-            "grad_norm": norm,
-            "docs_per_s": self.documents / took,
-            "active_candidates": self.active / max(self.scored, 1),
-            "data_wait_percent": 100 * self.waiting / took,
-            "collective_percent": 100 * traffic.seconds / took,
-            "sent_bytes_per_step": traffic.total / steps,
-            "eta_s": (task.steps - state.step) * took / steps,
-        }
-        self.restart(state.step)
-        return row
