@@ -24,10 +24,11 @@ class Tracker(Protocol):
 
 
 class RunLog:
-    """Says lines and keeps metrics; silent on every rank but 0."""
+    """Says lines and keeps metrics; silent on every rank but 0, except for warnings."""
 
     def __init__(self, run_dir: Path | None, world: World) -> None:
         self.run_dir, self.quiet = run_dir, not world.is_main
+        self.who = f"rank {world.rank}: " if world.world_size > 1 else ""
         self.trackers: list[Tracker] = []
 
     def say(self, text: str) -> None:
@@ -37,6 +38,13 @@ class RunLog:
         line = f"{time.strftime('%H:%M:%S')} {text}"
         print(line, file=sys.stderr, flush=True)
         self._append("run.log", line)
+
+    def warn(self, text: str) -> None:
+        """One line that a person must see, from whichever rank it concerns; rank 0's are also in ``run.log``."""
+        line = f"{time.strftime('%H:%M:%S')} warning: {self.who}{text}"
+        print(line, file=sys.stderr, flush=True)
+        if not self.quiet:
+            self._append("run.log", line)
 
     def metrics(self, values: dict[str, Any]) -> None:
         """One line for a program; numbers as they are."""

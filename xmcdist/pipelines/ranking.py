@@ -108,7 +108,7 @@ def _level_stage(
                 nodes=mine,
                 device=device,
                 sharers=-(-run.world.local_world_size // max(torch.cuda.device_count(), 1)),
-                say=run.log.say,
+                say=run.log.warn,
             )
         seconds = time.process_time() - before
         weights.astype(cfg.weights_dtype).save(folder / "weights", run.world.rank, run.world.world_size)
