@@ -8,7 +8,7 @@ from typing import Any
 
 from xmcdist.config.schema import RunConfig
 
-__all__ = ["POST_PROCESSORS", "check_run"]
+__all__ = ["POST_PROCESSORS", "UNTIL", "check_run"]
 
 POST_PROCESSORS = (
     "noop",
@@ -17,6 +17,7 @@ POST_PROCESSORS = (
     *(f"{log}l{p}-hinge" for log in ("", "log-") for p in (1, 2, 3, 4)),
 )
 
+UNTIL = ("prepare", "tree", "linear", "match", "rank")
 _SCHEMES = ("tfn", "man", "tfn+man")
 _MATCHER_SCHEMES = (*_SCHEMES, "consistent", "tfn+man+consistent")
 _CHOICES: dict[str, Sequence[str]] = {
@@ -98,6 +99,14 @@ def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
     last = r.last_post_processor
     ngrams = [(n, g) for n, g in (("word", f.word_ngrams), ("char", f.char_ngrams)) if g is not None]
     return [
+        (
+            cfg.until is not None and cfg.until not in UNTIL,
+            f"until={cfg.until} is none of {', '.join(UNTIL)}{_near(cfg.until, UNTIL)}",
+        ),
+        (
+            cfg.until in ("match", "rank") and e.preset == "none",
+            f"until={cfg.until} has no stage to end after with encoder=none: use until=linear",
+        ),
         (e.preset == "hf" and not e.name, "encoder=hf needs encoder.name, a model id or a folder"),
         (e.layers is not None and e.layers < 1, f"encoder.layers={e.layers} must be at least 1, or null for all"),
         (e.dropout is not None and not 0 <= e.dropout < 1, f"encoder.dropout={e.dropout} must be in [0, 1)"),

@@ -214,6 +214,7 @@ class RunConfig:
     """Everything one training run needs."""
 
     run_dir: str = "runs/default"
+    until: str | None = None  # prepare | tree | linear | match | rank: end after these stages; null: all
     seed: int = 0
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from xmcdist.matchers.predict import post_processor_of, predict_level
 from xmcdist.parallel.collectives import all_reduce_array
 from xmcdist.pipelines.hard_negatives import active_of_level, report_level
 from xmcdist.pipelines.levels import per_level, root_rows
+from xmcdist.pipelines.precision import decide_precision
 from xmcdist.pipelines.run import Run
 from xmcdist.rankers.solver import SolverParams, solve_level
 from xmcdist.sparse.features import Features, unit_vectors
@@ -55,7 +58,11 @@ def match_stages(run: Run, tree_folder: Path) -> Path:
             "level, so there is nothing to fine-tune: raise it, or lower tree.nr_splits"
         )
     tokens = _tokens_stage(run)
-    engine = open_engine(run.cfg.engine, run.mesh)
+
+    @functools.cache
+    def engine() -> Engine:  # not on the CPU node that has only later stages to do
+        return open_engine(replace(run.cfg.engine, precision=decide_precision(run)), run.mesh)
+
     above: Path | None = None
     for t in levels:
         above = _Level(run, engine, tree, tree_folder, tokens, t, above).stage()
@@ -88,7 +95,7 @@ class _Level:
     """One level's stage; also what the training loop reports to."""
 
     run: Run
-    engine: Engine
+    engine: Callable[[], Engine]
     tree: LabelTree
     tree_folder: Path
     tokens_folder: Path
@@ -127,7 +134,7 @@ class _Level:
         resume = None
         if saved is not None:
             names = encoder.state_dict().keys()
-            like = {name: x for name, x in self.engine.template(encoder).items() if name in names}
+            like = {name: x for name, x in self.engine().template(encoder).items() if name in names}
             resume = load_state(saved, run.mesh, encoder_like=like, num_rows=self.shard.num_labels)
             run.log.say(f"match-{t}: going on at step {resume['step']}")
         task = LevelTask(
@@ -153,7 +160,7 @@ class _Level:
             save_every=cfg.checkpoint.every_steps,
         )
         with run.log.progress(f"level {t}", steps) as self.tick:
-            result = train_level(self.engine, encoder, head, task, self, resume)
+            result = train_level(self.engine(), encoder, head, task, self, resume)
         if result.stopped_early:
             run.log.say(f"match-{t}: validation stopped it after {result.steps} of {steps} steps")
         self.store.finish()
@@ -254,11 +261,11 @@ class _Level:
         return recall
 
 
-def _embed_stage(run: Run, engine: Engine, tokens_folder: Path, last: Path, level: int) -> Path:
+def _embed_stage(run: Run, engine: Callable[[], Engine], tokens_folder: Path, last: Path, level: int) -> Path:
     """Unit embeddings of all documents by the finished encoder."""
 
     def body(folder: Path) -> None:
-        encoder = _open_encoder(run, last).to(engine.device)
+        encoder = _open_encoder(run, last).to(engine().device)
         for split in ("trn", "tst") if run.data.has_test else ("trn",):
             tokens = TokenShards.open(tokens_folder / f"tokens.{split}")
             start, stop = run.own(tokens.num_docs)
@@ -274,7 +281,7 @@ def _embed_stage(run: Run, engine: Engine, tokens_folder: Path, last: Path, leve
 
 
 def _embed(run: Run, encoder: Encoder, tokens: TokenShards, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    return embed(encoder, tokens, ids, device=run.world.device, precision=run.cfg.engine.precision)
+    return embed(encoder, tokens, ids, device=run.world.device, precision=decide_precision(run))
 
 
 def _open_encoder(run: Run, stage: Path) -> Encoder:

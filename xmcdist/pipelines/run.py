@@ -22,6 +22,7 @@ __all__ = ["Run", "shaping_settings"]
 # between two starts of the same run.
 _FREE = {
     "run_dir",
+    "until",
     "dataset.prepared",
     "engine.name",
     "engine.label_shards",

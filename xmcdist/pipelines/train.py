@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from xmcdist.inference.beam import beam_search
 from xmcdist.observability.environment import peak_memory_mb, versions
 from xmcdist.observability.log import RunLog
 from xmcdist.parallel.collectives import gather_objects
-from xmcdist.parallel.launch import World, has_bf16
+from xmcdist.parallel.launch import World
 from xmcdist.parallel.mesh import Mesh
 from xmcdist.pipelines.evaluation import TABLE_KEYS, label_frequency, measure
 from xmcdist.pipelines.export import export_stage
@@ -42,7 +42,8 @@ def train(cfg: RunConfig, world: World) -> dict[str, Any]:
 
     Returns:
         What ``results.json`` holds: ``metrics`` and ``baseline`` (percent), ``seconds`` per
-        stage, ``peak_memory_mb``, ``world_size``, ``versions``, ``config_hash``.
+        stage, ``peak_memory_mb``, ``world_size``, ``versions``, ``config_hash``.  Empty when
+        ``until`` ended the run before its last stage.
 
     Raises:
         UserError: a fault of settings, data or environment; nothing finished is lost.
@@ -61,7 +62,6 @@ def train(cfg: RunConfig, world: World) -> dict[str, Any]:
 
         check_available(cfg.encoder)
     mesh = Mesh.build(world, cfg.engine.label_shards)
-    cfg = _decide_precision(cfg, world)
     if cfg.encoder.preset != "none":
         from xmcdist.training.engines.environment import check_launch
 
@@ -77,31 +77,44 @@ def train(cfg: RunConfig, world: World) -> dict[str, Any]:
         f"{data.num_docs('trn')} documents, {data.num_labels} labels, {world.world_size} "
         f"process{'es' if world.world_size > 1 else ''}, run folder {run_dir}"
     )
-    metrics, baseline = _stages(run)
-    results = _results(run, metrics, baseline, time.perf_counter() - started)
+    measured = _stages(run)
+    results: dict[str, Any] = {}
+    if measured is None:
+        log.say(f"until={cfg.until}: its stages are done; the same command without it, or with a later one, goes on")
+    else:
+        results = _results(run, *measured, time.perf_counter() - started)
     log.close()
     return results
 
 
-def _stages(run: Run) -> tuple[dict[str, float], dict[str, float]]:
+def _stages(run: Run) -> tuple[dict[str, float], dict[str, float]] | None:
+    """Metrics and baseline; None where ``until`` says to end sooner."""
     cfg, has_test = run.cfg, run.data.has_test
+    if cfg.until == "prepare":
+        return None
     sparse = features_stage(run)
     X = open_csr(sparse / "X.trn")
     X_test = open_csr(sparse / "X.tst") if has_test else None
     tree = tree_stage(run, "tree", cfg.tree, Features(sparse=X, dense=None), after=("features",))
+    if cfg.until == "tree":
+        return None
     linear_only = cfg.encoder.preset == "none"
     baseline: dict[str, float] = {}
     linear = None
     if linear_only or (cfg.evaluation.linear_baseline and has_test):
         linear = rank_stages(run, "linear", Features(sparse=X, dense=None), tree, after=("features", "tree"))
-        if X_test is not None:
-            baseline = _measure(run, linear, Features(sparse=X_test, dense=None))
+    if cfg.until == "linear":
+        return None
+    if linear is not None and X_test is not None and cfg.until is None:
+        baseline = _measure(run, linear, Features(sparse=X_test, dense=None))
     if linear_only and linear is not None:
         export_stage(run, linear, encoder=None, sparse=True)
         return baseline, baseline
     from xmcdist.pipelines.matching import match_stages
 
     matched = match_stages(run, tree)
+    if cfg.until == "match":
+        return None
     dense = np.load(matched / "E.trn.npy", mmap_mode="r", allow_pickle=False)
     dense_test = np.load(matched / "E.tst.npy", mmap_mode="r", allow_pickle=False) if has_test else None
     use_sparse, use_dense = cfg.ranker.features != "dense", cfg.ranker.features != "sparse"
@@ -110,6 +123,8 @@ def _stages(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     start = tree if cfg.ranker.tree_start == "tree" else None
     refined = tree_stage(run, "ranker_tree", cfg.ranker_tree, features, after=after, start=start)
     rankers = rank_stages(run, "rank", features, refined, after=(*after, "ranker_tree"))
+    if cfg.until == "rank":
+        return None
     metrics: dict[str, float] = {}
     if has_test:
         test = Features(sparse=X_test if use_sparse else None, dense=dense_test if use_dense else None)
@@ -164,14 +179,6 @@ def _results(run: Run, metrics: dict[str, float], baseline: dict[str, float], wa
         run.log.say(f"model in {Path(run.cfg.run_dir) / 'model'}; {wall:.0f} s since this start")
     run.world.barrier()
     return results
-
-
-def _decide_precision(cfg: RunConfig, world: World) -> RunConfig:
-    """``auto`` becomes what every rank can do."""
-    if cfg.engine.precision != "auto":
-        return cfg
-    fast = all(gather_objects(has_bf16(world.device_type)))
-    return replace(cfg, engine=replace(cfg.engine, precision="bf16" if fast else "fp32"))
 
 
 def _keep_freed_memory() -> None:

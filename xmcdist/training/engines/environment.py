@@ -16,7 +16,7 @@ def check_launch(precision: str) -> None:
     """Refuse a launcher whose instructions would be without effect.
 
     Args:
-        precision: ``engine.precision``.
+        precision: ``engine.precision``; with ``auto`` accelerate's own is only compared once it is decided.
 
     Raises:
         UserError: several processes were asked for and one started; accelerate was told to
@@ -36,7 +36,7 @@ def check_launch(precision: str) -> None:
                 f"distributed_type MULTI_GPU, and the run engine={engines}"
             )
     told = env.get("ACCELERATE_MIXED_PRECISION", "no")
-    if told not in ("no", precision):
+    if told not in ("no", precision) and precision != "auto":
         raise UserError(
             f"accelerate was told --mixed_precision {told}, but engine.precision={precision} decides: give it "
             "--mixed_precision no"
