@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ POST_PROCESSORS = (
 )
 
 UNTIL = ("prepare", "tree", "linear", "match", "rank")
+TRACKERS = ("wandb", "tensorboard", "trackio")
 _SCHEMES = ("tfn", "man", "tfn+man")
 _MATCHER_SCHEMES = (*_SCHEMES, "consistent", "tfn+man+consistent")
 _CHOICES: dict[str, Sequence[str]] = {
@@ -41,7 +43,6 @@ _CHOICES: dict[str, Sequence[str]] = {
     "ranker.device": ("auto", "cpu", "cuda"),
     "engine.name": ("cpu", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"),
     "engine.precision": ("fp32", "bf16", "auto"),
-    "tracker.name": ("jsonl", "wandb"),
     "tracker.mode": ("offline", "online"),
 }
 _AT_LEAST: dict[str, float] = {
@@ -61,6 +62,7 @@ _AT_LEAST: dict[str, float] = {
     "optimizer.lr": 0,
     "optimizer.weight_decay": 0,
     "optimizer.clip": 0,
+    "optimizer.max_skipped_steps": 0,
     "schedule.warmup": 0,
     "ranker.max_iter": 1,
     "ranker.beam": 1,
@@ -70,6 +72,7 @@ _AT_LEAST: dict[str, float] = {
     "engine.global_batch": 1,
     "engine.micro_batch": 1,
     "engine.timeout_s": 1,
+    "engine.data_timeout_s": 1,
     "checkpoint.every_steps": 0,
     "checkpoint.keep": 1,
     "tracker.log_every": 1,
@@ -168,6 +171,21 @@ def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
         (
             not 0 < cfg.dataset.test_fraction < 1,
             f"dataset.test_fraction={cfg.dataset.test_fraction} must be in (0, 1)",
+        ),
+        *(
+            (
+                name not in TRACKERS,
+                f"tracker.use={cfg.tracker.use}: {name} is none of {', '.join(TRACKERS)}{_near(name, TRACKERS)}",
+            )
+            for name in cfg.tracker.use
+        ),
+        (
+            len(set(cfg.tracker.use)) < len(cfg.tracker.use),
+            f"tracker.use={cfg.tracker.use} names a tracker twice",
+        ),
+        (
+            not re.fullmatch(r"[\w.-]+", cfg.tracker.project),
+            f"tracker.project={cfg.tracker.project!r} must be made of letters, digits, and . _ -",
         ),
         (
             not cfg.evaluation.ks or min(cfg.evaluation.ks) < 1,

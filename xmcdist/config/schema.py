@@ -27,6 +27,7 @@ __all__ = [
     "RankerConfig",
     "RunConfig",
     "ScheduleConfig",
+    "ServeConfig",
     "TrackerConfig",
     "TreeConfig",
     "TreeShowConfig",
@@ -131,6 +132,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip: float = 1.0  # global norm over encoder and every shard of the head; 0 turns it off
     head: str = "adamw"  # adamw | sparse_adam (only rows with a gradient move; no weight decay)
+    max_skipped_steps: int = 10  # of a level, left out because loss or gradient was not finite, before it stops
 
 
 @dataclass
@@ -177,6 +179,7 @@ class EngineConfig:
     precision: str = "fp32"  # fp32 | bf16 | auto: bf16 where every rank's processor has it
     threads: int | None = None  # a process; null: cores divided by local processes
     timeout_s: int = 1800  # a collective without an answer ends the job
+    data_timeout_s: float = 300.0  # a training step's documents that have not come by then end the job
     deepspeed_config: str | None = None  # JSON of further DeepSpeed settings; null: launch/deepspeed/<name>.json
 
 
@@ -191,12 +194,15 @@ class CheckpointConfig:
 
 @dataclass
 class TrackerConfig:
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go besides metrics.jsonl, which is always written."""
 
-    name: str = "jsonl"  # jsonl | wandb
+    use: list[str] = field(default_factory=list)  # of wandb, tensorboard, trackio; several at once; []: none
     log_every: int = 20  # steps
-    project: str = "xmcdist"
+    project: str = "xmcdist"  # wandb, trackio
+    run_name: str | None = None  # null: name of the run folder
     mode: str = "offline"  # wandb: offline | online
+    entity: str | None = None  # wandb: user or team; null: the key's own
+    tags: list[str] = field(default_factory=list)  # wandb
 
 
 @dataclass
@@ -246,6 +252,29 @@ class PredictConfig:
     beam: int | None = None  # null: as trained
     batch: int = 1024  # documents at a time
     parallel: str = "documents"  # on several processes: documents | labels
+
+
+@dataclass
+class ServeConfig:
+    """Answer over HTTP with a model folder or several; limits are those of each worker."""
+
+    model: Any = "???"  # a folder, or a list of folders that answer as an ensemble
+    ensemble: str | None = None  # several models: average | rank | sigmoid | softmax | round_robin; null: average
+    host: str = "127.0.0.1"  # this machine alone; there is no authentication
+    port: int = 8000  # 0: any free one
+    workers: int = 1  # processes, which share the mapped model
+    threads: int | None = None  # of a worker; null: cores divided by workers
+    exact: bool = True  # an encoder reads documents one by one: an answer does not depend on who else asks
+    max_batch: int = 64  # documents that the model is asked about at once
+    max_wait_ms: float = 0.0  # a free worker waits so long for more documents; 0: not at all
+    max_queue: int = 2048  # documents that wait; a request beyond is answered 503
+    timeout_s: float = 30.0  # for reading a request, and again for answering it
+    max_body_mb: float = 4.0  # of a request
+    max_documents: int = 256  # of a request
+    max_characters: int = 100_000  # of a document
+    max_k: int = 100  # labels a document
+    max_beam: int = 200
+    access_log: bool = False  # a line a request
 
 
 @dataclass

@@ -30,6 +30,8 @@ _FREE = {
     "engine.micro_batch",
     "engine.threads",
     "engine.timeout_s",
+    "engine.data_timeout_s",
+    "optimizer.max_skipped_steps",
     "encoder.gradient_checkpointing",
     "matcher.scoring",
     "ranker.device",
