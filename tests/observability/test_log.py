@@ -46,8 +46,8 @@ def test_wandb_offline_keeps_its_run_id(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_SILENT", "true")
     ids = []
     for _ in range(2):
-        tracker = WandbTracker(TrackerConfig(name="wandb"), tmp_path, {"seed": 0})
-        tracker.log({"loss": 1.0})
+        tracker = WandbTracker(TrackerConfig(use=["wandb"]), tmp_path, {"seed": 0})
+        tracker.points(1, {"loss": 1.0})
         tracker.close()
         ids.append((tmp_path / "wandb-id").read_text())
     assert ids[0] == ids[1]

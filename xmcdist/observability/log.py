@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from xmcdist.observability.curve import MetricsFile, read_rows
+from xmcdist.observability.trackers import Tracker, tell
 from xmcdist.parallel.launch import World
 
 __all__ = ["RunLog"]
-
-
-class Tracker(Protocol):
-    """Takes the metrics of a step beside metrics.jsonl."""
-
-    def log(self, values: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class RunLog:
@@ -30,6 +23,8 @@ class RunLog:
         self.run_dir, self.quiet = run_dir, not world.is_main
         self.who = f"rank {world.rank}: " if world.world_size > 1 else ""
         self.trackers: list[Tracker] = []
+        self._curve = None if run_dir is None else MetricsFile(run_dir / "metrics.jsonl")
+        self._full = self._repeats = False
 
     def say(self, text: str) -> None:
         """One line for a person."""
@@ -46,14 +41,67 @@ class RunLog:
         if not self.quiet:
             self._append("run.log", line)
 
-    def metrics(self, values: dict[str, Any]) -> None:
-        """One line for a program; numbers as they are."""
-        if self.quiet:
+    def metrics(self, values: dict[str, Any], *, once: bool = False) -> None:
+        """One row of metrics.jsonl, and of the trackers; what stands there from before a restart is not repeated.
+
+        Args:
+            values: numbers as they are; ``global_step`` places a row on the axis of the run.
+            once: the run has one such row (see `MetricsFile.append`).
+        """
+        if self.quiet or self._curve is None or not self._curve.path.parent.is_dir():
             return
-        stamped = {"time": round(time.time(), 3), **values}
-        self._append("metrics.jsonl", json.dumps(stamped))
-        for tracker in self.trackers:
-            tracker.log(stamped)
+        row = {"time": round(time.time(), 3), **values}
+        try:
+            if not self._curve.append(row, once=once):
+                self._tell_repeats(values)
+                return
+        except OSError as error:
+            if not self._full:
+                self.warn(f"{self._curve.path} cannot be written, so rows of it are missing: {error.strerror or error}")
+            self._full = True
+        self._to_trackers(lambda tracker, step: tell(tracker, row, step))
+
+    def histogram(self, name: str, counts: Sequence[int], edges: Sequence[float], **place: Any) -> None:
+        """A row with ``counts`` ``[n]`` between ``edges`` ``[n + 1]``, once a run."""
+        self.metrics({**place, "histogram": name, "edges": list(edges), "counts": list(counts)}, once=True)
+
+    def track(self, open_one: Callable[[], Tracker], name: str) -> None:
+        """Add a tracker; one that is new to this run is first given the rows of before.
+
+        One that cannot be opened is told and left out, as one that fails later is: the run is
+        worth more than its dashboard, and metrics.jsonl has everything.
+        """
+        if self.quiet or self._curve is None:
+            return
+        try:
+            tracker = open_one()
+        except Exception as error:
+            self.warn(f"{name} does not start, so this run goes without it: {error}")
+            return
+        if tracker.note is not None:
+            self.warn(tracker.note)
+        self.trackers.append(tracker)
+        if tracker.is_new:
+            step = 0
+            for row in read_rows(self._curve.path):
+                step = max(step, int(row.get("global_step", 0)))
+                self._to_trackers(lambda t, _, row=row, step=step: tell(t, row, step), only=tracker)  # type: ignore[misc]
+
+    def _to_trackers(self, call: Callable[[Tracker, int], None], only: Tracker | None = None) -> None:
+        step = 0 if self._curve is None else self._curve.step
+        for tracker in list(self.trackers) if only is None else [t for t in self.trackers if t is only]:
+            try:
+                call(tracker, step)
+            except Exception as error:  # whatever a dashboard's client raises
+                self.trackers.remove(tracker)
+                self.warn(f"{tracker.name} failed and is given nothing more; the run goes on: {error}")
+                with suppress(Exception):
+                    tracker.close(failed=True)
+
+    def _tell_repeats(self, values: dict[str, Any]) -> None:
+        if "global_step" in values and not self._repeats and self._curve is not None:
+            self._repeats = True
+            self.say(f"metrics.jsonl goes on after step {self._curve.step} of the whole run, which it has already")
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Any]:
@@ -68,9 +116,14 @@ class RunLog:
             bar = bars.add_task(what, total=total)
             yield lambda done: bars.update(bar, completed=done)
 
-    def close(self) -> None:
-        for tracker in self.trackers:
-            tracker.close()
+    def close(self, failed: bool = False) -> None:
+        """Let go of the trackers.
+
+        Args:
+            failed: the run ends with an error, or is stopped to go on later.
+        """
+        self._to_trackers(lambda tracker, _: tracker.close(failed))
+        self.trackers.clear()
 
     def _append(self, name: str, line: str) -> None:
         if self.run_dir is not None and self.run_dir.is_dir():

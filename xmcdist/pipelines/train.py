@@ -6,6 +6,7 @@ import ctypes
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from xmcdist.evaluation.table import format_table
 from xmcdist.inference.beam import beam_search
 from xmcdist.observability.environment import peak_memory_mb, versions
 from xmcdist.observability.log import RunLog
+from xmcdist.observability.trackers import check_trackers, open_tracker
 from xmcdist.parallel.collectives import gather_objects
 from xmcdist.parallel.launch import World
 from xmcdist.parallel.mesh import Mesh
@@ -28,7 +30,7 @@ from xmcdist.pipelines.features import features_stage
 from xmcdist.pipelines.prepare import prepare_data
 from xmcdist.pipelines.ranking import rank_stages
 from xmcdist.pipelines.run import Run, shaping_settings
-from xmcdist.pipelines.together import share_cores
+from xmcdist.pipelines.together import errors_together, share_cores
 from xmcdist.pipelines.tree import tree_stage
 from xmcdist.rankers.model import LinearTree
 from xmcdist.sparse.features import Features
@@ -54,6 +56,9 @@ def train(cfg: RunConfig, world: World) -> dict[str, Any]:
     if cfg.encoder.preset != "none" and world.device_type == "cpu":
         _keep_freed_memory()
     log = RunLog(run_dir, world)
+    with errors_together():
+        if world.is_main:
+            check_trackers(cfg.tracker)
     stages = StageStore(run_dir, world, log.say)
     settings = shaping_settings(cfg)
     stages.check(settings)
@@ -199,7 +204,6 @@ def _keep_freed_memory() -> None:
 
 
 def _start_trackers(run: Run) -> None:
-    if run.cfg.tracker.name == "wandb" and run.world.is_main:
-        from xmcdist.observability.wandb_tracker import WandbTracker
-
-        run.log.trackers.append(WandbTracker(run.cfg.tracker, Path(run.cfg.run_dir), asdict(run.cfg)))
+    cfg, config = run.cfg.tracker, asdict(run.cfg)
+    for name in cfg.use:
+        run.log.track(partial(open_tracker, name, cfg, Path(run.cfg.run_dir), config), name)
