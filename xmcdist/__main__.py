@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train a classifier; the same command goes on after an interruption",
     "predict": "labels for the lines of a file",
     "evaluate": "P@k, nDCG@k, R@k, PSP@k of a model on a test split",
+    "serve": "answers over HTTP, with a page to try it",
     "calibrate": "probabilities beside a model's scores, fitted on held-out documents",
     "import-pecos": "convert a PECOS XR-Linear model",
     "tree": "look at the label tree of a run",

@@ -68,6 +68,7 @@ def register() -> None:
     store.store(name="run_schema", node=schema.RunConfig)
     store.store(name="predict_schema", node=schema.PredictConfig)
     store.store(name="evaluate_schema", node=schema.EvaluateConfig)
+    store.store(name="serve_schema", node=schema.ServeConfig)
     store.store(name="calibrate_schema", node=schema.CalibrateConfig)
     store.store(name="import_pecos_schema", node=schema.ImportPecosConfig)
     store.store(name="tree_schema", node=schema.TreeShowConfig)
@@ -148,6 +149,7 @@ def _all_keys(config_name: str) -> list[str]:
         "train": schema.RunConfig,
         "predict": schema.PredictConfig,
         "evaluate": schema.EvaluateConfig,
+        "serve": schema.ServeConfig,
         "calibrate": schema.CalibrateConfig,
         "import_pecos": schema.ImportPecosConfig,
         "tree_show": schema.TreeShowConfig,
