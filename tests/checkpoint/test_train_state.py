@@ -309,6 +309,12 @@ def _cut(path: Path, n: int) -> None:
     path.write_bytes(path.read_bytes()[:n])
 
 
+def _flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
 def test_damage_and_another_run_are_named(tmp_path: Path) -> None:
     store = _one(tmp_path)
     place, mesh, like = tmp_path / "step-5", store.mesh, _encoder()
@@ -332,9 +338,66 @@ def test_damage_and_another_run_are_named(tmp_path: Path) -> None:
         refused(r"rank-00000.safetensors is damaged at (encoder|head|optimizer)\.")
     data.unlink()
     refused("rank-00000.safetensors is missing, with .* in it")
-    (place / "index.json").write_text('{"tensors": {"head.weight": {"shape": [7]}}}')
-    refused("index.json is damaged")
     _cut(place / "index.json", 20)
-    refused("index.json is damaged")
+    refused("index.json is damaged: its checksum differs")
     (place / "state.json").write_text('{"step": 5}')
-    refused("state.json is of another version")
+    refused("state.json is damaged: its checksum differs")
+
+
+def test_every_bit_of_a_checkpoint_counts(tmp_path: Path) -> None:
+    said: list[str] = []
+    store = StateStore(tmp_path, _mesh(0, 1), asynchronous=False, say=said.append)
+    _save(store, 5, 2, {"w": torch.tensor([1.5])})
+    place, aside = tmp_path / "step-5", tmp_path / "step-5.damaged"
+    for file in ("rank-00000.safetensors", "index.json", "state.json"):
+        whole = (place / file).read_bytes()
+        for bit in range(0, 8 * len(whole), 17):
+            _flip(place / file, bit)
+            if store.latest() is None:
+                aside.replace(place)
+                assert str(place / file) in said[-1]
+            else:  # white space and the like, which say nothing
+                assert load_state(place, store.mesh, encoder_like={"w": torch.zeros(1)})["encoder"]["w"].item() == 1.5
+            (place / file).write_bytes(whole)
+    assert store.latest() == place
+
+
+@on_ranks(1, 3)
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_taken_by_all(
+    rank: int, world_size: int, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    mesh = _mesh(rank, world_size)
+    store = StateStore(tmp_path, mesh, keep=3, asynchronous=False, say=said.append)
+    for step in (5, 6, 7):
+        _save(store, step, ROWS, _encoder())
+    if rank == 0:
+        last = sorted((tmp_path / "step-7").glob("rank-*"))[-1]
+        _cut(last, last.stat().st_size - 1)
+        index = json.loads((tmp_path / "step-6" / "index.json").read_text())["tensors"]
+        part = max(index["head.weight"]["parts"], key=lambda p: p["offset"])
+        path = tmp_path / "step-6" / part["file"]
+        number = _head(_ids(ROWS, world_size - 1, world_size), 6)["weight"][5].numpy().tobytes()  # one row of the head
+        _flip(path, 8 * path.read_bytes().index(number) + 20)
+    all_reduce(torch.ones(1))
+    assert store.latest() == tmp_path / "step-5"
+    all_reduce(torch.ones(1))
+    _check(tmp_path / "step-5", mesh, ROWS, _encoder())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-5", "step-6.damaged"]
+    all_reduce(torch.ones(1))  # before the next save makes a folder
+    if rank == 0:
+        assert [s.split(":")[0] for s in said] == ["checkpoint step-7", "checkpoint step-6"]
+        assert "going back to step-6" in said[0]
+        assert f"{path} is damaged at head.weight (its checksum differs" in said[1]
+    else:
+        assert not said
+    _save(store, 8, ROWS, _encoder())
+    assert (tmp_path / "step-6.damaged").exists()  # until another is found, or the level is done
+    all_reduce(torch.ones(1))
+    if rank == 0:
+        (tmp_path / "step-8" / "state.json").write_text("{")
+        (tmp_path / "step-5" / "index.json").unlink()
+    all_reduce(torch.ones(1))
+    assert store.latest() is None
+    if rank == 0:
+        assert "the level begins anew" in said[-1]

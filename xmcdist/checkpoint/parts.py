@@ -14,8 +14,10 @@ import numpy as np
 import scipy.sparse as sp
 
 from xmcdist.checkpoint.atomic import no_space_is_clear
-from xmcdist.parallel.collectives import gather_objects
+from xmcdist.parallel.collectives import broadcast_object, gather_objects
+from xmcdist.parallel.errors import errors_together
 from xmcdist.parallel.launch import World
+from xmcdist.parallel.visible import wait_for
 
 __all__ = ["write_csr", "write_rows"]
 
@@ -23,20 +25,26 @@ _CHUNK = 1 << 22  # elements copied at a time
 
 
 def write_rows(path: Path, part: np.ndarray, world: World) -> None:
-    """Write this rank's rows of an array ``[sum of n_r, ...]``; collective.
+    """Write this rank's rows of an array ``[sum of n_r, ...]``; collective.  On return every node sees them.
 
     Args:
         path: the ``.npy`` file that shall hold all rows, in rank order.
         part: this rank's rows; other dimensions and dtype equal on every rank.
+
+    Raises:
+        UserError: on every rank: one has no space left, or does not see another's file.
     """
     mine = _part_path(path, world.rank)
-    with no_space_is_clear(path):
+    with errors_together(), no_space_is_clear(path):
         np.save(mine, np.ascontiguousarray(part))
-    sizes = gather_objects(part.shape[0])
-    if world.is_main:
-        with no_space_is_clear(path):
-            _join(path, (sum(sizes), *part.shape[1:]), part.dtype, world.world_size)
-    world.barrier()
+    parts = gather_objects((part.shape[0], mine.stat().st_size))
+    size = 0
+    with errors_together(), no_space_is_clear(path):
+        if world.is_main:
+            for rank, (_, bytes_) in enumerate(parts):
+                wait_for(_part_path(path, rank), size=bytes_)
+            size = _join(path, (sum(n for n, _ in parts), *part.shape[1:]), part.dtype, world.world_size)
+    _wait_until_seen(path, size, world)
 
 
 def write_csr(folder: Path, part: sp.csr_matrix, world: World) -> None:
@@ -45,25 +53,39 @@ def write_csr(folder: Path, part: sp.csr_matrix, world: World) -> None:
     Args:
         folder: made when missing.
         part: this rank's rows ``[n_r, D]``, float32.
+
+    Raises:
+        UserError: as of `write_rows`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with errors_together(), no_space_is_clear(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     counts = gather_objects((int(part.shape[0]), int(part.nnz)))
     before = sum(nnz for _, nnz in counts[: world.rank])
     first = 0 if world.is_main else 1  # row pointers of neighbouring parts share one entry
     write_rows(folder / "indptr.npy", part.indptr.astype(np.int64)[first:] + before, world)
     write_rows(folder / "indices.npy", part.indices.astype(np.int32, copy=False), world)
     write_rows(folder / "data.npy", part.data.astype(np.float32, copy=False), world)
-    if world.is_main:
-        shape = [sum(n for n, _ in counts), int(part.shape[1])]
-        (folder / "shape.json").write_text(json.dumps(shape))
-    world.barrier()
+    shape = json.dumps([sum(n for n, _ in counts), int(part.shape[1])])
+    with errors_together(), no_space_is_clear(folder):
+        if world.is_main:
+            (folder / "shape.json").write_text(shape)
+    _wait_until_seen(folder / "shape.json", len(shape), world)
+
+
+def _wait_until_seen(path: Path, size: int, world: World) -> None:
+    """Until every node sees a file that rank 0 wrote; collective."""
+    size = broadcast_object(size)
+    with errors_together():
+        if world.local_rank == 0:
+            wait_for(path, size=size)
 
 
 def _part_path(path: Path, rank: int) -> Path:
     return path.with_name(f"{path.stem}.part-{rank:05d}.npy")
 
 
-def _join(path: Path, shape: tuple[int, ...], dtype: np.dtype, parts: int) -> None:
+def _join(path: Path, shape: tuple[int, ...], dtype: np.dtype, parts: int) -> int:
+    """String the parts together; returns the bytes written."""
     beside = path.with_name(path.name + ".tmp")
     with open(beside, "wb") as out:
         np.lib.format.write_array_header_1_0(
@@ -73,6 +95,8 @@ def _join(path: Path, shape: tuple[int, ...], dtype: np.dtype, parts: int) -> No
             part = np.load(_part_path(path, rank), mmap_mode="r", allow_pickle=False).reshape(-1)
             for start in range(0, part.size, _CHUNK):
                 out.write(part[start : start + _CHUNK].tobytes())
+        size = out.tell()
     beside.replace(path)
     for rank in range(parts):
         _part_path(path, rank).unlink()
+    return size

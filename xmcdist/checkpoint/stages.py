@@ -1,9 +1,11 @@
 """Stages: each arrow of the journey is done once, committed whole, and skipped when unchanged.
 
 A stage is a folder ``stages/<name>/`` with its files and ``stage.json``: a fingerprint of
-what it was made from.  While it runs it lives in ``stages/<name>.partial/``; the rename at
-the end is the commit.  A killed run leaves a partial folder: with the same fingerprint the
-stage may go on from state it saved there, with another it is wiped.
+what it was made from, and size and checksum of every file.  While it runs it lives in
+``stages/<name>.partial/``.  The commit: all files are flushed to disk by every node, then
+``stage.json`` is written, then the folder gets its name.  A killed run leaves a partial folder:
+with the same fingerprint the stage may go on from state it saved there, with another it is
+wiped.  A stage whose files were damaged afterwards is put aside and made again.
 """
 
 from __future__ import annotations
@@ -15,13 +17,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-from xmcdist.checkpoint.atomic import no_space_is_clear, read_json, replace_folder, write_json
+from xmcdist.checkpoint.atomic import no_space_is_clear, read_json, replace_folder, to_disk, write_json
+from xmcdist.checkpoint.checksums import DamagedError, files_to_disk, first_damage, read_sealed, record, sealed
 from xmcdist.config.errors import UserError
 from xmcdist.parallel.collectives import broadcast_object
+from xmcdist.parallel.errors import errors_together
 from xmcdist.parallel.launch import World
+from xmcdist.parallel.visible import wait_for
 
 __all__ = ["StageStore", "fingerprint"]
+
+_STAGE, _NOTE, _CHECKPOINTS = "stage.json", "partial.json", "checkpoints"
 
 
 def fingerprint(value: Any) -> str:
@@ -32,8 +40,26 @@ def fingerprint(value: Any) -> str:
 class StageStore:
     """The stages of one run folder."""
 
-    def __init__(self, run_dir: Path, world: World, say: Callable[[str], None]) -> None:
-        self.run_dir, self.world, self.say = run_dir, world, say
+    def __init__(
+        self,
+        run_dir: Path,
+        world: World,
+        say: Callable[[str], None],
+        *,
+        verify: str = "sizes",
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Make a store; nothing is written yet.
+
+        Args:
+            run_dir: seen by all ranks.
+            say: told what was done, skipped or damaged.
+            verify: of a stage that was done before: ``sizes`` of its files are compared with
+                those written, also their contents (``full``), or nothing (``off``).
+            guard: called on rank 0 before a stage begins and before it is committed; raises a
+                `UserError` if this run may not write any more.
+        """
+        self.run_dir, self.world, self.say, self.verify, self.guard = run_dir, world, say, verify, guard
         self.seconds: dict[str, float] = {}
         self.skipped: list[str] = []
         self.prints: dict[str, str] = {}
@@ -48,36 +74,52 @@ class StageStore:
             body: writes the stage's files into the folder it is given.  All ranks call it.
 
         Returns:
-            The committed folder.
+            The committed folder, seen whole by every node.
+
+        Raises:
+            UserError: the disk is full, a node does not see the files, or ``guard`` refuses.
+
+        Cost: of a commit, an fsync a file and one reading of them, just written, for their
+        checksums; of a skipped stage, a stat a file (``verify=full``: one reading).
         """
         place = self.run_dir / "stages" / name
         mark = fingerprint({"stage": name, "inputs": inputs})
         self.prints[name] = mark
-        done = broadcast_object(self._finished(place, mark) if self.world.is_main else None)
-        if done is not None:
-            self.seconds[name] = done
+        partial = place.with_name(name + ".partial")
+        stage: dict[str, Any] | None = None
+        with errors_together():
+            if self.world.is_main:
+                self.guard()
+                stage = self._finished(place, partial, mark)
+                if stage is None:
+                    self._open_partial(partial, mark)
+        stage = broadcast_object(stage)
+        if stage is not None:
+            self._wait_until_seen(place, stage)
+            self.seconds[name] = float(stage["seconds"])
             self.skipped.append(name)
             self.say(f"{name}: done before, skipped")
             return place
-        partial = place.with_name(name + ".partial")
-        if self.world.is_main:
-            self._open_partial(partial, mark)
-        self.world.barrier()
         start = time.perf_counter()
+        with errors_together():
+            wait_for(partial)
         with no_space_is_clear(partial):
             body(partial)
-        self.world.barrier()
-        seconds = time.perf_counter() - start
-        if self.world.is_main:
-            (partial / "partial.json").unlink()
-            shutil.rmtree(partial / "checkpoints", ignore_errors=True)
-            write_json(
-                partial / "stage.json", {"stage": name, "fingerprint": mark, "inputs": inputs, "seconds": seconds}
-            )
-            replace_folder(partial, place)
-        self.world.barrier()
-        self.seconds[name] = seconds
-        self.say(f"{name}: {seconds:.1f} s")
+        with errors_together(), no_space_is_clear(partial):
+            if self.world.local_rank == 0:  # of each node: what its processes wrote
+                files_to_disk(partial)
+        stage = {"stage": name, "fingerprint": mark, "inputs": inputs, "id": uuid4().hex}
+        with errors_together(), no_space_is_clear(partial):
+            if self.world.is_main:
+                self.guard()
+                stage["files"] = record(partial, leave={_NOTE, _STAGE, _CHECKPOINTS})
+                stage["seconds"] = time.perf_counter() - start
+                write_json(partial / _STAGE, sealed(stage))
+                _commit(partial, place)
+        stage = broadcast_object(stage)
+        self._wait_until_seen(place, stage)
+        self.seconds[name] = stage["seconds"]
+        self.say(f"{name}: {stage['seconds']:.1f} s")
         return place
 
     def check(self, config: dict[str, Any]) -> None:
@@ -90,45 +132,109 @@ class StageStore:
             UserError: the folder holds a run with other settings; the message shows each.
         """
         path = self.run_dir / "config.json"
-        if self.world.is_main and path.exists():
-            before = read_json(path)
-            now = json.loads(json.dumps(config, default=str))
-            changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-            if changed:
-                rows = "\n".join(f"  {k}: there {before.get(k)!r}, asked {now.get(k)!r}" for k in changed)
-                raise UserError(
-                    f"{self.run_dir} holds a run with other settings:\n{rows}\n"
-                    "Choose another run_dir=..., or delete that folder if it is not wanted any more."
-                )
-        self.world.barrier()
+        with errors_together():
+            if self.world.is_main and path.exists():
+                self._refuse_other_settings(read_json(path), json.loads(json.dumps(config, default=str)))
 
     def remember(self, config: dict[str, Any]) -> None:
         """Make the run folder this configuration's own, once its data proved sound; collective."""
         path = self.run_dir / "config.json"
-        if self.world.is_main and not path.exists():
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            write_json(path, config)
-        self.world.barrier()
+        with errors_together(), no_space_is_clear(path):
+            if self.world.is_main and not path.exists():
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                write_json(path, config)
 
-    def _finished(self, place: Path, mark: str) -> float | None:
-        if not (place / "stage.json").exists():
-            old = place.with_name(place.name + ".old")
-            if (old / "stage.json").exists() and not place.exists():
-                old.replace(place)  # killed between the two renames of a commit
-            else:
-                return None
-        stage = read_json(place / "stage.json")
-        if stage["fingerprint"] != mark:
+    def _refuse_other_settings(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+        if changed:
+            rows = "\n".join(f"  {k}: there {before.get(k)!r}, asked {now.get(k)!r}" for k in changed)
+            raise UserError(
+                f"{self.run_dir} holds a run with other settings:\n{rows}\n"
+                "Choose another run_dir=..., or delete that folder if it is not wanted any more."
+            )
+
+    def _finished(self, place: Path, partial: Path, mark: str) -> dict[str, Any] | None:
+        """What ``stage.json`` says of a stage that is done and whole; a damaged one is put aside."""
+        old = place.with_name(place.name + ".old")
+        if _noted(partial, _STAGE, "fingerprint") == mark and self._damage(partial) is None:
+            _commit(partial, place)  # killed within a commit
+        elif (old / _STAGE).exists() and not place.exists():
+            old.replace(place)  # killed between the two renames of one
+        shutil.rmtree(old, ignore_errors=True)
+        if not place.exists():
+            return None
+        if _noted(place, _STAGE, "fingerprint") not in (None, mark):
             self.say(f"{place.name}: its inputs changed, made again")
             return None
-        return float(stage["seconds"])
+        damage = self._damage(place)
+        if damage is not None:
+            self._put_aside(place, damage)
+            return None
+        return _read_stage(place)
+
+    def _damage(self, place: Path) -> str | None:
+        """What is wrong with a committed folder's files, as far as ``verify`` looks."""
+        try:
+            files = _read_stage(place)["files"]
+        except DamagedError as error:
+            return str(error)
+        if self.verify == "off":
+            return None
+        return first_damage(place, files, contents=self.verify == "full")
+
+    def _put_aside(self, place: Path, damage: str) -> None:
+        aside = place.with_name(place.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        place.replace(aside)
+        to_disk(place.parent)
+        self.say(f"{place.name}: damaged since it was finished: {damage}; kept as {aside}, and made again")
 
     def _open_partial(self, partial: Path, mark: str) -> None:
-        note = partial / "partial.json"
-        if note.exists() and read_json(note) == {"fingerprint": mark}:
+        note = partial / _NOTE
+        if _noted(partial, _NOTE, "fingerprint") == mark:
+            (partial / _STAGE).unlink(missing_ok=True)  # of a commit that cannot be taken for one
             self.say(f"{partial.stem}: going on where it was interrupted")
             return
         shutil.rmtree(partial, ignore_errors=True)
         with no_space_is_clear(partial):
             partial.mkdir(parents=True)
             write_json(note, {"fingerprint": mark})
+
+    def _wait_until_seen(self, place: Path, stage: dict[str, Any]) -> None:
+        """Until every node sees the files as they were committed; collective."""
+        with errors_together():
+            if self.world.local_rank == 0:
+                wait_for(place / _STAGE, ready=lambda: _noted(place, _STAGE, "id") == stage.get("id"))
+                for name, said in stage["files"].items():
+                    if self.verify != "off":
+                        wait_for(place / name, size=said["bytes"])
+
+
+def _commit(partial: Path, place: Path) -> None:
+    """Give a finished folder, on disk with its ``stage.json``, its name."""
+    (partial / _NOTE).unlink(missing_ok=True)
+    shutil.rmtree(partial / _CHECKPOINTS, ignore_errors=True)
+    replace_folder(partial, place)
+
+
+def _read_stage(place: Path) -> dict[str, Any]:
+    """``stage.json``; of a version before checksums it is taken at its word.
+
+    Raises:
+        DamagedError: it is missing, or not what was written.
+    """
+    try:
+        stage = read_json(place / _STAGE)
+    except UserError as error:
+        raise DamagedError(str(error)) from error
+    if isinstance(stage, dict) and stage.keys() == {"stage", "fingerprint", "inputs", "seconds"}:
+        return {**stage, "files": {}}
+    return read_sealed(place / _STAGE)
+
+
+def _noted(folder: Path, name: str, key: str) -> Any:
+    """One value of a folder's note, None where there is none to read."""
+    try:
+        return read_json(folder / name).get(key)
+    except (UserError, OSError, AttributeError):
+        return None

@@ -2,7 +2,8 @@
 
 torch plans who writes and reads which part of which tensor; here the parts become files.
 A folder holds ``rank-<r>.safetensors``, the parts rank r wrote by tensor name, and
-``index.json``: dtype, shape and parts (offset, shape, file) of every tensor.
+``index.json``: dtype, shape and parts (offset, shape, file, CRC-32) of every tensor, and the
+CRC-32 of every file's header.  The checksum of a part is that of the memory it was written from.
 
 Why not torch's own storages (2.13, 400 MB a rank, *measured* on 2 cores): `FileSystemWriter`
 is fast, but leaves a pickle, and its reader loads whole parts: of what one process wrote,
@@ -13,9 +14,11 @@ safetensors' `save_file` (0.8; older ones copy) streams: 0.01 s, no copy; its re
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -33,21 +37,13 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from xmcdist.checkpoint.atomic import no_space_is_clear, read_json, write_json
+from xmcdist.checkpoint.atomic import no_space_is_clear, read_json, to_disk, write_json
+from xmcdist.checkpoint.checksums import DamagedError, crc32_of
 from xmcdist.config.errors import UserError
 
-__all__ = ["SafetensorsReader", "SafetensorsWriter", "to_disk"]
+__all__ = ["INDEX", "SafetensorsReader", "SafetensorsWriter", "verify_share"]
 
-_INDEX = "index.json"
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk itself."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+INDEX = "index.json"
 
 
 class SafetensorsWriter(StorageWriter):
@@ -55,6 +51,7 @@ class SafetensorsWriter(StorageWriter):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.index_crc32 = 0  # of the index; the coordinator's is set when it is written
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing is kept from one checkpoint to the next."""
@@ -78,42 +75,52 @@ class SafetensorsWriter(StorageWriter):
         """
         name: str = plan.storage_data
         parts: dict[str, torch.Tensor] = {}
-        results = []
+        written: list[tuple[MetadataIndex, int, int]] = []
+        header = 0
         for item in plan.items:
             part = planner.resolve_data(item)
             assert isinstance(part, torch.Tensor)
             if part.numel():
-                parts[item.index.fqn] = part.detach().contiguous()
-                results.append(WriteResult(item.index, part.nbytes, name))
+                parts[item.index.fqn] = part = part.detach().contiguous()
+                written.append((item.index, part.nbytes, zlib.crc32(part.reshape(-1).view(torch.uint8).numpy().data)))
         if parts:
             path = self.folder / name
             self.folder.mkdir(parents=True, exist_ok=True)  # another node may not see it yet
             with no_space_is_clear(path):
                 _save_file(parts, path)
                 to_disk(path)
+                header = crc32_of(path, 0, _end_of_header(path))
         done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
+        done.set_result([WriteResult(index, size, (name, crc, header)) for index, size, crc in written])
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index."""
         files = {(r.index.fqn, tuple(r.index.offset or ())): r.storage_data for part in results for r in part}
         index: dict[str, Any] = {}
+        headers: dict[str, int] = {}
         for name, tensor in sorted(metadata.state_dict_metadata.items()):
             assert isinstance(tensor, TensorStorageMetadata)
             parts = [
-                {"offset": list(c.offsets), "shape": list(c.sizes), "file": files[name, tuple(c.offsets)]}
+                {"offset": list(c.offsets), "shape": list(c.sizes), "file": file, "crc32": crc}
                 for c in tensor.chunks
                 if math.prod(c.sizes)
+                for file, crc, _ in [files[name, tuple(c.offsets)]]
             ]
+            headers |= {file: header for file, _, header in (files[name, tuple(c["offset"])] for c in parts)}
             dtype = str(tensor.properties.dtype).removeprefix("torch.")
             index[name] = {"dtype": dtype, "shape": list(tensor.size), "parts": parts}
-        write_json(self.folder / _INDEX, {"tensors": index})
+        self.index_crc32 = write_json(self.folder / INDEX, {"tensors": index, "headers": headers})
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Any folder."""
         return True
+
+
+def _end_of_header(path: Path) -> int:
+    with open(path, "rb") as f:
+        return 8 + int.from_bytes(f.read(8), "little")
 
 
 def _save_file(parts: dict[str, torch.Tensor], path: Path) -> None:
@@ -138,12 +145,12 @@ class SafetensorsReader(StorageReader):
         self.folder = folder
         self._files: dict[tuple[str, tuple[int, ...]], str] = {}
         self._metadata = Metadata(state_dict_metadata={})
-        index = read_json(folder / _INDEX)
+        index = read_json(folder / INDEX)
         try:
             for name, tensor in index["tensors"].items():
                 self._add(name, tensor)
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / _INDEX} is damaged ({error!r})") from error
+            raise UserError(f"{folder / INDEX} is damaged ({error!r})") from error
 
     def _add(self, name: str, tensor: dict[str, Any]) -> None:
         chunks = []
@@ -211,3 +218,59 @@ class SafetensorsReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Any folder."""
         return True
+
+
+def verify_share(folder: Path, share: int, shares: int) -> None:
+    """Compare one of several shares of a checkpoint's parts with their checksums; together they are all of it.
+
+    Args:
+        share: whose turn it is; parts are dealt out by size.
+
+    Raises:
+        DamagedError: names the file and the tensor.
+
+    Cost: reads the bytes of the share, in pieces.
+    """
+    load = [0] * shares
+    mine: dict[str, list[tuple[str, int]]] = {}
+    parts, headers = _parts(folder)
+    for nbytes, file, fqn, crc in sorted(parts, reverse=True):
+        to = load.index(min(load))
+        load[to] += nbytes
+        if to == share:
+            mine.setdefault(file, []).append((fqn, crc))
+    for file, of_it in mine.items():
+        _verify_file(folder / file, of_it, headers[file])
+
+
+def _parts(folder: Path) -> tuple[list[tuple[int, str, str, int]], dict[str, int]]:
+    """(elements, file, tensor, CRC-32) of every part, and the CRC-32 of the files' headers."""
+    index = read_json(folder / INDEX)
+    try:
+        parts = [
+            (math.prod(part["shape"]), part["file"], name, part["crc32"])
+            for name, tensor in index["tensors"].items()
+            for part in tensor["parts"]
+        ]
+        return parts, {file: index["headers"][file] for _, file, _, _ in parts}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{folder / INDEX} is damaged ({error!r})") from error
+
+
+def _verify_file(path: Path, parts: list[tuple[str, int]], header_crc: int) -> None:
+    """Compare a file's header, and some (tensor, CRC-32) of it."""
+    fqn = parts[0][0]
+    try:
+        end = _end_of_header(path)
+        if end > path.stat().st_size or crc32_of(path, 0, end) != header_crc:
+            raise DamagedError(f"{path} is damaged at its header, with {fqn} in it (its checksum differs)")
+        with open(path, "rb") as f:
+            header = json.loads(f.read(end)[8:])
+        for fqn, crc in parts:
+            start, stop = (end + int(n) for n in header[fqn]["data_offsets"])
+            if crc32_of(path, start, stop) != crc:
+                raise DamagedError(f"{path} is damaged at {fqn} (its checksum differs, or it is cut off)")
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing, with {fqn} in it") from None
+    except OSError as error:
+        raise DamagedError(f"{path} is damaged at {fqn} ({error})") from error

@@ -4,7 +4,9 @@ On torch.distributed.checkpoint (DCP): encoder and optimizer by parameter name, 
 FSDP2's DTensors; head rows and their moments as row-sharded DTensors, so that rows have
 global ids.  A checkpoint is a folder ``step-<n>/`` with the tensors (`checkpoint.storage`:
 safetensors, no pickle) and ``state.json``.  It is written beside its place, renamed when the
-data of all ranks are on disk, and older ones go only after that.
+data of all ranks are on disk, and older ones go only after that.  Every byte of it that counts
+is covered by a checksum: parts in the index, the index in ``state.json``, which is `sealed`.
+What does not match is put aside as ``step-<n>.damaged``, and the one before is taken.
 
 Letters: W ranks, R replicas of S shards, n rows of the level, d columns.
 """
@@ -29,16 +31,19 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from xmcdist.checkpoint.atomic import read_json, replace_folder, write_json
-from xmcdist.checkpoint.storage import SafetensorsReader, SafetensorsWriter, to_disk
+from xmcdist.checkpoint.atomic import replace_folder, to_disk, write_json
+from xmcdist.checkpoint.checksums import DamagedError, crc32_of, read_sealed, sealed
+from xmcdist.checkpoint.storage import INDEX, SafetensorsReader, SafetensorsWriter, verify_share
 from xmcdist.config.errors import UserError
 from xmcdist.parallel.collectives import broadcast_object, gather_objects
+from xmcdist.parallel.errors import errors_together
 from xmcdist.parallel.mesh import Mesh
+from xmcdist.parallel.visible import wait_for
 from xmcdist.parallel.watch import collective
 
 __all__ = ["StateStore", "load_state"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class StateStore:
@@ -51,7 +56,15 @@ class StateStore:
     gloo group of their own: on the group that trains they would meet its collectives.
     """
 
-    def __init__(self, folder: Path, mesh: Mesh, *, keep: int = 2, asynchronous: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        mesh: Mesh,
+        *,
+        keep: int = 2,
+        asynchronous: bool = True,
+        say: Callable[[str], None] = warnings.warn,
+    ) -> None:
         """Make a store; nothing is written yet.
 
         Args:
@@ -59,8 +72,10 @@ class StateStore:
             mesh: who owns which head rows.
             keep: checkpoints kept, the newest; at least 1.
             asynchronous: write on a thread; else `save` returns when the checkpoint is in its place.
+            say: told, on rank 0, of a damaged checkpoint.
         """
         self.folder, self.mesh, self.keep, self.asynchronous = folder, mesh, keep, asynchronous
+        self.say = say
         self._group: Any = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -131,8 +146,47 @@ class StateStore:
                 raise error
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, the same on every rank; None when there is none; collective."""
-        return broadcast_object(max(_whole(self.folder), key=_step, default=None) if self.mesh.world.is_main else None)
+        """The newest checkpoint that is what was written, the same on every rank; None when there is none; collective.
+
+        A damaged one is put aside (``step-<n>.damaged``, one of them is kept) and said.
+
+        Raises:
+            UserError: it cannot be read for another reason: a node does not see it.
+
+        Cost: all ranks together read it once.
+        """
+        while True:
+            newest = max(_whole(self.folder), key=_step, default=None) if self.mesh.world.is_main else None
+            place = broadcast_object(newest)
+            damage = None if place is None else self._damage(place)
+            if place is None or damage is None:
+                return place
+            with errors_together():
+                if self.mesh.world.is_main:
+                    self._put_aside(place, damage)
+
+    def _damage(self, place: Path) -> str | None:
+        """What is wrong with a checkpoint, the same on every rank; each looks at a share of it; collective."""
+        damage: str | None = None
+        with errors_together():
+            wait_for(place / "state.json")
+            try:
+                _read_state(place)
+                world = self.mesh.world
+                verify_share(place, world.rank, world.world_size)
+            except (DamagedError, OSError) as error:
+                damage = str(error)
+        return next((text for text in gather_objects(damage) if text is not None), None)
+
+    def _put_aside(self, place: Path, damage: str) -> None:
+        for old in self.folder.glob("step-*.damaged"):
+            shutil.rmtree(old, ignore_errors=True)
+        aside = place.with_name(place.name + ".damaged")
+        place.replace(aside)
+        to_disk(self.folder)
+        before = max(_whole(self.folder), key=_step, default=None)
+        then = "the level begins anew" if before is None else f"going back to {before.name}"
+        self.say(f"checkpoint {place.name}: {damage}; kept as {aside}; {then}")
 
     def _copies(self, kinds: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What this rank hands to DCP, copied: every DTensor, and its share of what all ranks hold alike."""
@@ -158,7 +212,7 @@ class StateStore:
                 save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
             except CheckpointException as error:  # the same on all ranks; no Exception, for torch's reasons
                 raise UserError(f"{_failure(error, 'nothing was written')}; {self._safe()}") from error
-            self._on_main(lambda: self._commit(partial, state))
+            self._on_main(lambda: self._commit(partial, {**state, "index_crc32": writer.index_crc32}))
         except UserError as error:  # on all ranks, and all have ended their part of it
             if self.mesh.world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -190,15 +244,14 @@ class StateStore:
         if self.folder.is_dir():
             kept = set(_whole(self.folder))
             for stale in self.folder.glob("step-*"):
-                if stale not in kept:
+                if stale not in kept and stale.suffix != ".damaged":
                     shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True)
 
     def _commit(self, partial: Path, state: dict[str, Any]) -> None:
-        write_json(partial / "state.json", state)
+        write_json(partial / "state.json", sealed(state))
         to_disk(partial)
         replace_folder(partial, self.folder / f"step-{state['step']}")
-        to_disk(self.folder)
         for old in sorted(_whole(self.folder), key=_step)[: -self.keep]:
             with suppress(OSError):
                 (old / "state.json").unlink()  # first, so that half of it is never taken for a checkpoint
@@ -247,9 +300,7 @@ def load_state(
 
 
 def _load(place: Path, mesh: Mesh, encoder_like: Mapping[str, Tensor], num_rows: int | None) -> dict[str, Any]:
-    state = read_json(place / "state.json")
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise UserError(f"{place / 'state.json'} is of another version of xmcdist, or damaged")
+    state = _read_state(place)
     if num_rows not in (None, state["num_rows"]):
         raise UserError(f"it holds {state['num_rows']} head rows, and the level has {num_rows}: it is of another tree")
     reader = SafetensorsReader(place)
@@ -274,6 +325,20 @@ def _load(place: Path, mesh: Mesh, encoder_like: Mapping[str, Tensor], num_rows:
         kind, name = full.split(".", 1)
         kinds[kind][name] = t.to_local() if kind == "head" and isinstance(t, DTensor) else t
     return {"step": state["step"], "extra": state["extra"], **kinds}
+
+
+def _read_state(place: Path) -> dict[str, Any]:
+    """``state.json``, and whether the index is the one that it was written with."""
+    state = read_sealed(place / "state.json")
+    if state.get("format") != _FORMAT:
+        raise DamagedError(f"{place / 'state.json'} is of another version of xmcdist (format {state.get('format')})")
+    try:
+        crc = crc32_of(place / INDEX)
+    except FileNotFoundError:
+        raise DamagedError(f"{place / INDEX} is missing") from None
+    if crc != state["index_crc32"]:
+        raise DamagedError(f"{place / INDEX} is damaged: its checksum differs")
+    return state
 
 
 def _check_encoder(saved: Mapping[str, torch.Size], like: Mapping[str, Tensor]) -> None:

@@ -4,33 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from xmcdist.config.errors import UserError
-from xmcdist.parallel.collectives import gather_objects
+from xmcdist.parallel.errors import errors_together
 from xmcdist.parallel.launch import World
 
 __all__ = ["PARALLEL", "errors_together", "model_part", "share_cores"]
 
 PARALLEL = ("documents", "labels")
-
-
-@contextmanager
-def errors_together() -> Iterator[None]:
-    """Around work without collectives: the `UserError` of any rank is raised on all; collective.
-
-    Raises:
-        UserError: that of the first rank that has one.
-    """
-    own: UserError | None = None
-    try:
-        yield
-    except UserError as error:
-        own = error
-    told = [text for text in gather_objects(None if own is None else str(own)) if text is not None]
-    if told:
-        raise UserError(told[0]) from own
 
 
 def share_cores(world: World, threads: int | None = None) -> None:
