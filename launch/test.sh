@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a bare checkout to a green test run: lint, types, tests. Words on the command line go to pytest:
 #   bash launch/test.sh tests/trees -k balance
+#   XMCDIST_TEST_WORKERS   test processes (default: one a core, at most 4; 0: all in one, for a debugger)
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$root"
@@ -12,6 +13,7 @@ export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" HF_HUB_OFFLINE=1 WANDB_MOD
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$root/build/torch_extensions}" # compiled once, kept
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" NUMBA_NUM_THREADS="${NUMBA_NUM_THREADS:-2}" TOKENIZERS_PARALLELISM=false
 
+test_workers() { local n; n="$(cores)"; echo $((n > 4 ? 4 : n)); }
 step() { echo "== $*"; "$@"; }
 step python -m ruff check .
 step python -m ruff format --check .
@@ -19,4 +21,5 @@ step python -m mypy
 if command -v shellcheck >/dev/null 2>&1; then
   step shellcheck -x launch/*.sh slurm/*.sbatch .ci/run
 fi
-step python -m pytest "$@"
+# Tests that start processes of their own share one worker (tests/conftest.py); the rest fill the others.
+step python -m pytest -n "${XMCDIST_TEST_WORKERS:-$(test_workers)}" --dist loadgroup "$@"
