@@ -24,20 +24,20 @@ class RunLog:
         self.who = f"rank {world.rank}: " if world.world_size > 1 else ""
         self.trackers: list[Tracker] = []
         self._curve = None if run_dir is None else MetricsFile(run_dir / "metrics.jsonl")
-        self._full = self._repeats = False
+        self._full = self._log_full = self._repeats = False
 
     def say(self, text: str) -> None:
         """One line for a person."""
         if self.quiet:
             return
         line = f"{time.strftime('%H:%M:%S')} {text}"
-        print(line, file=sys.stderr, flush=True)
+        _to_terminal(line)
         self._append("run.log", line)
 
     def warn(self, text: str) -> None:
         """One line that a person must see, from whichever rank it concerns; rank 0's are also in ``run.log``."""
         line = f"{time.strftime('%H:%M:%S')} warning: {self.who}{text}"
-        print(line, file=sys.stderr, flush=True)
+        _to_terminal(line)
         if not self.quiet:
             self._append("run.log", line)
 
@@ -126,6 +126,22 @@ class RunLog:
         self.trackers.clear()
 
     def _append(self, name: str, line: str) -> None:
-        if self.run_dir is not None and self.run_dir.is_dir():
+        if self.run_dir is None or not self.run_dir.is_dir():
+            return
+        try:
             with open(self.run_dir / name, "a", encoding="utf-8") as f:
                 f.write(line + "\n")
+        except OSError as error:  # a full disk: what is said is no reason to end a run
+            if not self._log_full:
+                self._log_full = True
+                self.warn(f"{self.run_dir / name} cannot be written, so lines of it are missing: {error.strerror}")
+
+
+def _to_terminal(line: str) -> None:
+    """Or to the file that stands for it, whose disk may be full."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass

@@ -12,7 +12,7 @@ import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
-__all__ = ["World", "has_bf16", "rank_from_environment", "setup", "shutdown"]
+__all__ = ["World", "has_bf16", "rank_from_environment", "setup", "shutdown", "slurm_job"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,11 @@ class World:
 def rank_from_environment() -> tuple[int, int]:
     """(rank, world size) without importing torch: for what must be said before set-up."""
     return _int("RANK", 0), _int("WORLD_SIZE", 1)
+
+
+def slurm_job() -> tuple[str | None, int]:
+    """Slurm's id of this job, None outside Slurm, and how often it was queued anew."""
+    return os.environ.get("SLURM_JOB_ID"), _int("SLURM_RESTART_COUNT", 0)
 
 
 def has_bf16(device_type: str) -> bool:
