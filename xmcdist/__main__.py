@@ -15,6 +15,7 @@ COMMANDS = {
     "calibrate": "probabilities beside a model's scores, fitted on held-out documents",
     "import-pecos": "convert a PECOS XR-Linear model",
     "tree": "look at the label tree of a run",
+    "report": "make report.html of a run folder again",
     "env": "versions and devices, to paste into a bug report",
 }
 USAGE = "usage: python -m xmcdist COMMAND [key=value ...]\n\n" + "\n".join(

@@ -20,6 +20,7 @@ from xmcdist.evaluation.table import format_table
 from xmcdist.inference.beam import beam_search
 from xmcdist.observability.environment import peak_memory_mb, versions
 from xmcdist.observability.log import RunLog
+from xmcdist.observability.origin import command_line, git_commit, hardware
 from xmcdist.observability.trackers import check_trackers, open_tracker
 from xmcdist.parallel.collectives import gather_objects
 from xmcdist.parallel.launch import World
@@ -29,6 +30,7 @@ from xmcdist.pipelines.export import export_stage
 from xmcdist.pipelines.features import features_stage
 from xmcdist.pipelines.prepare import prepare_data
 from xmcdist.pipelines.ranking import rank_stages
+from xmcdist.pipelines.report import draw_report
 from xmcdist.pipelines.run import Run, shaping_settings
 from xmcdist.pipelines.together import errors_together, share_cores
 from xmcdist.pipelines.tree import tree_stage
@@ -44,8 +46,8 @@ def train(cfg: RunConfig, world: World) -> dict[str, Any]:
 
     Returns:
         What ``results.json`` holds: ``metrics`` and ``baseline`` (percent), ``seconds`` per
-        stage, ``peak_memory_mb``, ``world_size``, ``versions``, ``config_hash``.  Empty when
-        ``until`` ended the run before its last stage.
+        stage, ``peak_memory_mb``, ``world_size``, ``versions``, ``command``, ``commit``,
+        ``hardware``, ``config_hash``.  Empty when ``until`` ended the run before its last stage.
 
     Raises:
         UserError: a fault of settings, data or environment; nothing finished is lost.
@@ -88,6 +90,8 @@ def train(cfg: RunConfig, world: World) -> dict[str, Any]:
         log.say(f"until={cfg.until}: its stages are done; the same command without it, or with a later one, goes on")
     else:
         results = _results(run, *measured, time.perf_counter() - started)
+    if world.is_main:
+        draw_report(run_dir, log.say)
     log.close()
     return results
 
@@ -171,6 +175,9 @@ def _results(run: Run, metrics: dict[str, float], baseline: dict[str, float], wa
         "peak_memory_mb_per_rank": [round(p, 1) for p in peaks],
         "world_size": run.world.world_size,
         "versions": versions(),
+        "command": command_line(),
+        "commit": git_commit() if run.world.is_main else None,
+        "hardware": hardware(),
         "config_hash": fingerprint(shaping_settings(run.cfg)),
         "config": asdict(run.cfg),
     }
