@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["Limits", "app"]
 
 if TYPE_CHECKING:
-    from xmcdist.serving.app import app
+    from xmcdist.serving.application import app
     from xmcdist.serving.limits import Limits
 
 
 def __getattr__(name: str) -> Any:
     """FastAPI and numba are imported when the application is asked for, not before."""
     if name == "app":
-        from xmcdist.serving.app import app
+        from xmcdist.serving.application import app
 
         return app
     if name == "Limits":

@@ -157,7 +157,7 @@ def worker_app(cfg: ServeConfig, started: Started) -> Any:
     at once.  One that replaces another opens it before it takes a connection: until then
     the others answer, and on SIGHUP the one it replaces.
     """
-    from xmcdist.serving.app import app
+    from xmcdist.serving.application import app
 
     folder, began = Path(started.folder), time.monotonic()
     _end_with_parent()
