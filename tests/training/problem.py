@@ -21,6 +21,7 @@ from xmcdist.parallel.mesh import Mesh
 from xmcdist.parallel.shards import LabelShard
 from xmcdist.training.engine import Engine, open_engine
 from xmcdist.training.loop import LevelTask
+from xmcdist.training.nonfinite import NonFinite
 
 DOCS, NODES = 25, 11  # neither divides by 2 or 3; the last of four batches of 8 has one document
 CHILD_PTR = np.array([0, 2, 5, 5, 11], dtype=np.int64)
@@ -58,6 +59,7 @@ class Hooks:
     rows: list[dict[str, Any]] = field(default_factory=list)
     saved: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
+    skipped: list[tuple[NonFinite, bool]] = field(default_factory=list)
 
     def log(self, values: dict[str, Any]) -> None:
         self.rows.append(values)
@@ -69,6 +71,10 @@ class Hooks:
             for part, values in state.items()
         }
         self.saved.append((step, copy))
+
+    def left_out(self, found: NonFinite, last: bool) -> str | None:
+        self.skipped.append((found, last))
+        return "some file"
 
     def evaluate(self, encoder: Encoder, head: ShardedHead) -> float:
         encoder.eval()  # as an evaluation leaves it at worst

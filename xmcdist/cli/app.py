@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from xmcdist.config.compose import compose_run, conf_dir, register, to_object
 from xmcdist.config.errors import UserError
 from xmcdist.parallel.launch import rank_from_environment
 from xmcdist.parallel.watch import CollectiveError
+from xmcdist.training.preemption import unhandled
 
 __all__ = ["run"]
 
@@ -55,6 +58,8 @@ def run(config_name: str, body: Callable[[Any], None]) -> None:
                 os._exit(1)
             except BrokenPipeError:
                 _reader_left()
+            except KeyboardInterrupt:
+                _interrupted(rank)
             except Exception:
                 # Said here, whole and once: Hydra would shorten it and hide the cause.
                 traceback.print_exc()
@@ -79,13 +84,31 @@ def _reader_left() -> None:
     sys.exit(0)
 
 
+def _interrupted(rank: int) -> None:
+    """Ctrl-C: a person knows what they did, and needs no traceback."""
+    if rank == 0:
+        print("xmcdist: interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+def _leave_note(error: UserError, rank: int) -> None:
+    """Launchers hide the status of a rank: batch scripts know a person's mistake by this file."""
+    path = os.environ.get("XMCDIST_ERROR_FILE")
+    if path and (rank == 0 or not os.path.exists(path)):
+        with suppress(OSError), open(path, "w", encoding="utf-8") as f:
+            json.dump({"error": str(error), "rank": rank, "status": 2}, f)
+            f.write("\n")
+
+
 def _give_up(error: UserError, rank: int) -> None:
     world_size = rank_from_environment()[1]
     if os.environ.get("XMCDIST_DEBUG") == "1":
         traceback.print_exc()
+    asked_to_end = unhandled()
+    _leave_note(error, rank)
     if rank == 0:
         print(f"xmcdist: error: {error}", file=sys.stderr, flush=True)
-    elif world_size > 1:
+    elif world_size > 1 and not asked_to_end:
         # Most such errors come to all ranks alike, and the first has said it: then the launcher
         # ends this process while it waits. If not, it is this rank's own.
         time.sleep(_FIRST_WORD_S)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
 from xmcdist.cli.app import run
 from xmcdist.config.schema import RunConfig
+from xmcdist.parallel.launch import rank_from_environment
+from xmcdist.training import preemption
 
 
 def main() -> None:
-    """Train; on several processes when started through ``accelerate launch``."""
-    run("train", _train)
+    """Train; on several processes when started through ``accelerate launch``.
+
+    A run that a signal asked to end leaves ``preempted.json`` and has exit status 75 on every rank.
+    """
+    with preemption.handled(rank_from_environment()[0]):
+        run("train", _train)
 
 
 def _train(cfg: RunConfig) -> None:
@@ -16,5 +27,15 @@ def _train(cfg: RunConfig) -> None:
     from xmcdist.pipelines.train import train
 
     world = setup(use_gpu=cfg.engine.name != "cpu", timeout_s=cfg.engine.timeout_s)
-    train(cfg, world)
+    try:
+        train(cfg, world)
+    except preemption.Preempted as stop:
+        preemption.leaving()
+        if world.is_main:
+            preemption.write_mark(Path(cfg.run_dir), stop)
+        with suppress(Exception):  # all that matters is on disk
+            shutdown()
+        sys.stdout.flush()
+        os._exit(preemption.EXIT_STATUS)
+    preemption.leaving()
     shutdown()

@@ -21,6 +21,7 @@ from xmcdist.data.errors import DataError, full_disk_is_clear
 from xmcdist.data.manifest import MANIFEST, read_manifest, whole, write_manifest
 from xmcdist.data.texts import TextStore
 from xmcdist.parallel.launch import World
+from xmcdist.parallel.visible import seen_by_all
 
 __all__ = ["TokenShards", "write_tokens"]
 
@@ -95,6 +96,11 @@ class TokenShards:
         mask = np.arange(longest)[None, :] < lengths[:, None]
         return input_ids, mask.astype(np.int64)
 
+    def files(self, ids: ArrayLike) -> list[Path]:
+        """Where the tokens of some documents lie."""
+        shards = np.unique(np.asarray(ids, dtype=np.int64) // self._per_shard)
+        return [_shard_paths(self.folder, int(shard))[0] for shard in shards]
+
     def _shard(self, shard: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         if shard not in self._shards:
             tokens, offsets = _shard_paths(self.folder, shard)
@@ -148,7 +154,9 @@ def write_tokens(
             _write_shard(folder, shard, texts, start, min(start + docs_per_shard, len(texts)), encode, pad_id)
 
     _together(write_mine, world)
+    seen_by_all(folder, world)
     _together(lambda: _finish(folder, shards, wanted) if world.is_main else None, world)
+    seen_by_all(folder, world)
     return TokenShards.open(folder)
 
 

@@ -102,6 +102,10 @@ def setup(*, use_gpu: bool = True, timeout_s: int = 1800) -> World:
         if not cuda and socket.gethostname() and _int("LOCAL_WORLD_SIZE", 1) == world_size:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: do not resolve its name
         _join("cpu:gloo,cuda:nccl" if cuda else "gloo", rank, world_size, timedelta(seconds=timeout_s))
+    elif world_size == 1:
+        from xmcdist.parallel import watch
+
+        watch.start(None, rank, world_size, _launcher())
     return World(rank, world_size, local_rank, max(local_size, 1), "cuda" if cuda else "cpu")
 
 
@@ -115,6 +119,7 @@ def shutdown() -> None:
         dist.barrier()
         watch.stop()
         dist.destroy_process_group()
+    watch.stop()
 
 
 def _join(backend: str, rank: int, world_size: int, timeout: timedelta) -> None:
@@ -132,7 +137,12 @@ def _join(backend: str, rank: int, world_size: int, timeout: timedelta) -> None:
     )
     # A handle of its own where there is one: the main thread may wait in its for long.
     own = store.clone() if hasattr(store, "clone") else store
-    watch.start(PrefixStore("watch", own), rank, world_size)
+    watch.start(PrefixStore("watch", own), rank, world_size, _launcher())
+
+
+def _launcher() -> int | None:
+    """The process that started this one, where that is a launcher: ranks do not outlive it."""
+    return os.getppid() if "RANK" in os.environ else None
 
 
 def _int(name: str, default: int) -> int:

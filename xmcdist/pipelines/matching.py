@@ -23,8 +23,11 @@ from xmcdist.encoders.tokenizer import open_tokenizer
 from xmcdist.matchers.candidates import CandidateSource
 from xmcdist.matchers.head import ShardedHead
 from xmcdist.matchers.predict import post_processor_of, predict_level
-from xmcdist.parallel.collectives import all_reduce_array
+from xmcdist.parallel.collectives import broadcast_object
+from xmcdist.parallel.visible import seen_by_all
 from xmcdist.pipelines.hard_negatives import active_of_level, report_level
+from xmcdist.pipelines.interruptible import tell_nonfinite
+from xmcdist.pipelines.level_log import LevelLog, beam_metrics, steps_before
 from xmcdist.pipelines.levels import per_level, root_rows
 from xmcdist.pipelines.precision import decide_precision
 from xmcdist.pipelines.run import Run
@@ -33,6 +36,8 @@ from xmcdist.sparse.features import Features, unit_vectors
 from xmcdist.sparse.store import open_csr
 from xmcdist.training.engine import Engine, open_engine
 from xmcdist.training.loop import LevelTask, train_level
+from xmcdist.training.nonfinite import NonFinite
+from xmcdist.training.preemption import Preempted
 from xmcdist.trees.label_tree import LabelTree
 
 __all__ = ["match_stages"]
@@ -65,7 +70,7 @@ def match_stages(run: Run, tree_folder: Path) -> Path:
 
     above: Path | None = None
     for t in levels:
-        above = _Level(run, engine, tree, tree_folder, tokens, t, above).stage()
+        above = _Level(run, engine, tree, tree_folder, tokens, t, above, levels[-1]).stage()
     if above is None:
         raise AssertionError("levels is not empty")
     return _embed_stage(run, engine, tokens, above, levels[-1])
@@ -78,7 +83,7 @@ def _tokens_stage(run: Run) -> Path:
     def body(folder: Path) -> None:
         if run.world.is_main:
             load_tokenizer(cfg, run.data.texts("trn").iterate()).save_pretrained(folder / "tokenizer")
-        run.world.barrier()
+        seen_by_all(folder, run.world)
         tokenizer = _open_tokenizer(run, folder)
         encode = encode_fn(tokenizer, cfg.max_length)
         pad = int(tokenizer.pad_token_id)
@@ -101,6 +106,7 @@ class _Level:
     tokens_folder: Path
     t: int
     above: Path | None  # the stage of the level before
+    levels: int  # that are fine-tuned
 
     def stage(self) -> Path:
         run, before = self.run, f"match-{self.t - 1}" if self.t > 1 else "tokens"
@@ -119,8 +125,8 @@ class _Level:
         encoder = _restore_switches(encoder, run)
         self.shard = run.mesh.label_shard(self.tree.level_size(t))
         head = ShardedHead(self.shard, encoder.dim, seed=cfg.seed, level=t)
-        keep = cfg.checkpoint.keep
-        self.store = StateStore(folder / "checkpoints", run.mesh, keep=keep, asynchronous=cfg.checkpoint.asynchronous)
+        keep, asynchronous = cfg.checkpoint.keep, cfg.checkpoint.asynchronous
+        self.store = StateStore(folder / "checkpoints", run.mesh, keep=keep, asynchronous=asynchronous, say=run.log.say)
         saved = self.store.latest()
         if saved is None and self.above is not None:
             self._bootstrap(head, M)
@@ -128,8 +134,8 @@ class _Level:
         steps = per_level(cfg.matcher.steps, t)
         negatives = int(np.diff(M.indptr).mean() * np.diff(self.child_ptr).mean())
         run.log.say(
-            f"match-{t}: {self.tree.level_size(t)} nodes, about {negatives} candidates a document, {steps} steps of "
-            f"{cfg.engine.global_batch} documents"
+            f"---- level {t} of {self.levels}: {self.tree.level_size(t)} nodes, about {negatives} candidates a "
+            f"document, {steps} steps of {cfg.engine.global_batch} documents ----"
         )
         resume = None
         if saved is not None:
@@ -158,9 +164,17 @@ class _Level:
             schedule=cfg.schedule,
             log_every=cfg.tracker.log_every,
             save_every=cfg.checkpoint.every_steps,
+            folder=folder,
         )
-        with run.log.progress(f"level {t}", steps) as self.tick:
-            result = train_level(self.engine(), encoder, head, task, self, resume)
+        done = 0 if resume is None else int(resume["step"])
+        self.told = LevelLog(run, self.engine(), t, encoder, decide_precision(run), done)
+        self.left_out_steps = int(resume["extra"]["skipped"]) if resume is not None else 0
+        try:
+            with run.log.progress(f"level {t}", steps) as self.tick:
+                result = train_level(self.engine(), encoder, head, task, self, resume)
+        except Preempted:
+            self.store.finish()  # in its place before anyone leaves
+            raise
         if result.stopped_early:
             run.log.say(f"match-{t}: validation stopped it after {result.steps} of {steps} steps")
         self.store.finish()
@@ -223,7 +237,7 @@ class _Level:
         E = _embed(run, encoder, self.tokens, own)
         write_rows(self.folder / "E.npy", E, run.world)
         P = self._beam(E, head, own)
-        report_level(run, self.folder, self.tree, self.t, P, self.Y[own])
+        report_level(run, self.folder, self.tree, self.t, P, self.Y[own], steps_before(run, self.t + 1))
         write_csr(self.folder / "P", P, run.world)
 
     def _beam(self, E: NDArray[np.float32], head: ShardedHead, ids: NDArray[np.int64]) -> sp.csr_matrix:
@@ -237,28 +251,22 @@ class _Level:
 
     def log(self, values: dict[str, Any]) -> None:
         self.tick(values["step"])
-        self.run.log.metrics(values)
-        sent = ""
-        if self.run.world.world_size > 1:
-            sent = f"sent {values['sent_bytes_per_step'] / 1e6:.2f} MB a step  "
-        self.run.log.say(
-            f"level {values['level']} step {values['step']}/{values['total']}  loss {values['loss']:.4f}  "
-            f"lr {values['lr']:.2e}  {values['docs_per_s']:.0f} docs/s  grad {values['grad_norm']:.2f}  "
-            f"{values['active_candidates']:.0f} candidates  waiting {values['data_wait_percent']:.0f} %  "
-            f"{sent}"
-            f"ETA {values['eta_s']:.0f} s"
-        )
+        self.told.window(values)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         self.store.save(step=step, num_rows=self.shard.num_labels, **state)
 
+    def left_out(self, found: NonFinite, last: bool) -> str | None:
+        self.left_out_steps += 1
+        return broadcast_object(tell_nonfinite(self.run, found, self.left_out_steps, last))
+
     def evaluate(self, encoder: Encoder, head: ShardedHead) -> float:
-        """Beam recall of this level on the held-out documents."""
+        """Beam recall of this level on the held-out documents; P@k of its nodes is told beside it."""
         mine = self.validation_ids[slice(*self.run.own(len(self.validation_ids)))]
         E = _embed(self.run, encoder, self.tokens, mine)
-        recall = _recall(self._beam(E, head, mine), self.Y[mine])
-        self.run.log.metrics({"level": self.t, "validation_beam_recall": recall})
-        return recall
+        found = beam_metrics(self._beam(E, head, mine), self.Y[mine], self.run.cfg.matcher.beam)
+        self.told.validation(found)
+        return found["beam_recall"]
 
 
 def _embed_stage(run: Run, engine: Callable[[], Engine], tokens_folder: Path, last: Path, level: int) -> Path:
@@ -297,11 +305,3 @@ def _restore_switches(encoder: Encoder, run: Run) -> Encoder:
     if run.cfg.encoder.gradient_checkpointing:
         encoder.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return encoder
-
-
-def _recall(P: sp.csr_matrix, Y: sp.csr_matrix) -> float:
-    """Share of the true nodes of all ranks' documents that were retrieved; collective."""
-    found, true = P.copy(), sp.csr_matrix(Y, copy=True)
-    found.data[:], true.data[:] = 1, 1
-    hits, positives = all_reduce_array(np.array([found.multiply(true).nnz, true.nnz]))
-    return float(hits / max(positives, 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from xmcdist.checkpoint.atomic import write_json
-from xmcdist.checkpoint.stages import StageStore, fingerprint
+from xmcdist.checkpoint.run_lock import held
+from xmcdist.checkpoint.stages import fingerprint
 from xmcdist.config.errors import UserError
 from xmcdist.config.schema import RunConfig
 from xmcdist.evaluation.table import format_table
@@ -22,21 +24,25 @@ from xmcdist.observability.environment import peak_memory_mb, versions
 from xmcdist.observability.log import RunLog
 from xmcdist.observability.origin import command_line, git_commit, hardware
 from xmcdist.observability.trackers import check_trackers, open_tracker
+from xmcdist.parallel import watch
 from xmcdist.parallel.collectives import gather_objects
-from xmcdist.parallel.launch import World
+from xmcdist.parallel.launch import World, slurm_job
 from xmcdist.parallel.mesh import Mesh
 from xmcdist.pipelines.evaluation import TABLE_KEYS, label_frequency, measure
 from xmcdist.pipelines.export import export_stage
 from xmcdist.pipelines.features import features_stage
+from xmcdist.pipelines.interruptible import InterruptibleStages
 from xmcdist.pipelines.prepare import prepare_data
 from xmcdist.pipelines.ranking import rank_stages
 from xmcdist.pipelines.report import draw_report
 from xmcdist.pipelines.run import Run, shaping_settings
+from xmcdist.pipelines.shapes import log_cluster_sizes, log_label_frequency
 from xmcdist.pipelines.together import errors_together, share_cores
 from xmcdist.pipelines.tree import tree_stage
 from xmcdist.rankers.model import LinearTree
 from xmcdist.sparse.features import Features
 from xmcdist.sparse.store import open_csr
+from xmcdist.training import preemption
 
 __all__ = ["train"]
 
@@ -50,20 +56,30 @@ def train(cfg: RunConfig, world: World) -> dict[str, Any]:
         ``hardware``, ``config_hash``.  Empty when ``until`` ended the run before its last stage.
 
     Raises:
-        UserError: a fault of settings, data or environment; nothing finished is lost.
+        UserError: a fault of settings, data or environment, or another run is using the folder;
+            nothing finished is lost.
+        Preempted: a signal asked one of the ranks to end; the same settings go on.
     """
+    log = RunLog(Path(cfg.run_dir), world)
+    with held(Path(cfg.run_dir), world, log.say, slurm_job()) as guard:
+        return _train(cfg, world, log, guard)
+
+
+def _train(cfg: RunConfig, world: World, log: RunLog, guard: Callable[[], None]) -> dict[str, Any]:
     started = time.perf_counter()
     run_dir = Path(cfg.run_dir)
     share_cores(world, cfg.engine.threads)
     if cfg.encoder.preset != "none" and world.device_type == "cpu":
         _keep_freed_memory()
-    log = RunLog(run_dir, world)
     with errors_together():
         if world.is_main:
             check_trackers(cfg.tracker)
-    stages = StageStore(run_dir, world, log.say)
+    preemption.begin(run_dir, log.say, watch.gone)
+    stages = InterruptibleStages(run_dir, world, log.say, verify=cfg.checkpoint.verify, guard=guard)
     settings = shaping_settings(cfg)
     stages.check(settings)
+    if world.is_main:
+        preemption.clear_mark(run_dir)
     if cfg.encoder.preset != "none":
         from xmcdist.encoders.hf import check_available
 
@@ -80,11 +96,22 @@ def train(cfg: RunConfig, world: World) -> dict[str, Any]:
     stages.seconds["prepare"] = time.perf_counter() - started
     run = Run(cfg, world, log, stages, data, mesh)
     _start_trackers(run)
+    log.metrics({"stage": "prepare", "seconds": round(stages.seconds["prepare"], 3)}, once=True)
+    stages.told = lambda name, seconds: log.metrics({"stage": name, "seconds": round(seconds, 3)})
+    log_label_frequency(run)
     log.say(
         f"{data.num_docs('trn')} documents, {data.num_labels} labels, {world.world_size} "
         f"process{'es' if world.world_size > 1 else ''}, run folder {run_dir}"
     )
-    measured = _stages(run)
+    try:
+        measured = _stages(run)
+    except preemption.Preempted as stop:
+        log.say(str(stop))
+        log.close()
+        raise
+    except BaseException:
+        log.close(failed=True)
+        raise
     results: dict[str, Any] = {}
     if measured is None:
         log.say(f"until={cfg.until}: its stages are done; the same command without it, or with a later one, goes on")
@@ -105,6 +132,7 @@ def _stages(run: Run) -> tuple[dict[str, float], dict[str, float]] | None:
     X = open_csr(sparse / "X.trn")
     X_test = open_csr(sparse / "X.tst") if has_test else None
     tree = tree_stage(run, "tree", cfg.tree, Features(sparse=X, dense=None), after=("features",))
+    log_cluster_sizes(run, tree)
     if cfg.until == "tree":
         return None
     linear_only = cfg.encoder.preset == "none"
@@ -131,6 +159,7 @@ def _stages(run: Run) -> tuple[dict[str, float], dict[str, float]] | None:
     after = ("features", "tree", "embed")
     start = tree if cfg.ranker.tree_start == "tree" else None
     refined = tree_stage(run, "ranker_tree", cfg.ranker_tree, features, after=after, start=start)
+    log_cluster_sizes(run, refined)
     rankers = rank_stages(run, "rank", features, refined, after=(*after, "ranker_tree"))
     if cfg.until == "rank":
         return None
@@ -181,6 +210,7 @@ def _results(run: Run, metrics: dict[str, float], baseline: dict[str, float], wa
         "config_hash": fingerprint(shaping_settings(run.cfg)),
         "config": asdict(run.cfg),
     }
+    run.log.metrics({name: values for name, values in (("test", metrics), ("linear_only", baseline)) if values})
     if run.world.is_main:
         write_json(Path(run.cfg.run_dir) / "results.json", results)
         if metrics:

@@ -45,6 +45,7 @@ class Engine(ABC):
         mesh: replicas and shards of the label rows.
         world: who this process is.
         device: where this process computes.
+        norms: of the gradients of encoder and head that `clip` met last.
     """
 
     def __init__(self, cfg: EngineConfig, mesh: Mesh) -> None:
@@ -55,6 +56,7 @@ class Engine(ABC):
         """
         self.cfg, self.mesh, self.world = cfg, mesh, mesh.world
         self.device = torch.device(mesh.world.device)
+        self.norms = (0.0, 0.0)
         if group_size() != self.world.world_size:
             raise UserError(
                 f"the process group has {group_size()} rank(s), but this job has {self.world.world_size}: on a CPU "
@@ -104,7 +106,9 @@ class Engine(ABC):
         """
         grads = [p.grad for p in head if p.grad is not None]
         own = squares(grads, self.device)
-        norm = math.sqrt(float(all_reduce(own, "sum", self.mesh.shard_group)) + self.norm_squared())
+        head_squared, encoder_squared = float(all_reduce(own, "sum", self.mesh.shard_group)), self.norm_squared()
+        self.norms = (math.sqrt(encoder_squared), math.sqrt(head_squared))
+        norm = math.sqrt(head_squared + encoder_squared)
         factor = limit / (norm + 1e-6) if limit and norm > limit else 1.0
         self._scale(factor)
         if factor != 1.0:
@@ -119,6 +123,10 @@ class Engine(ABC):
     @abstractmethod
     def step(self, lr: float) -> None:
         """Move the encoder by its gradient and forget that; collective."""
+
+    @abstractmethod
+    def skip(self) -> None:
+        """Forget the gradient; weights and moments stay as they are, to the bit; collective."""
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,10 +30,13 @@ from xmcdist.encoders.hf import Encoder
 from xmcdist.matchers.candidates import Candidates, CandidateSource
 from xmcdist.matchers.head import ShardedHead
 from xmcdist.matchers.losses import ragged_loss
+from xmcdist.parallel import watch
 from xmcdist.parallel.collectives import all_gather_embeddings, all_reduce
 from xmcdist.schedules.lr import lr_factor
+from xmcdist.training import preemption
 from xmcdist.training.engine import Engine
 from xmcdist.training.meters import Window
+from xmcdist.training.nonfinite import DivergedError, NonFinite, Skips, Trace, describe, diverged
 from xmcdist.training.optim import head_optimizer, load_moments, moments, set_lr
 
 __all__ = ["DivergedError", "LevelHooks", "LevelResult", "LevelTask", "train_level"]
@@ -55,11 +59,8 @@ class LevelTask:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     log_every: int = 20
-    save_every: int = 0  # steps; 0: never
-
-
-class DivergedError(UserError):
-    """Training gave a loss or gradient that is no finite number."""
+    save_every: int = 0  # steps; 0: only where a signal asks for it
+    folder: Path | None = None  # where its candidates lie
 
 
 class LevelHooks(Protocol):
@@ -75,6 +76,9 @@ class LevelHooks(Protocol):
     def save(self, step: int, state: dict[str, Any]) -> None: ...
 
     def evaluate(self, encoder: Encoder, head: ShardedHead) -> float | None: ...
+
+    def left_out(self, found: NonFinite, last: bool) -> str | None:
+        """A step that was not taken; ``last``: training ends with it.  May return the file that tells of it."""
 
 
 @dataclass
@@ -100,6 +104,8 @@ class _State:
     best: float = -math.inf
     best_step: int = 0
     bad: int = 0  # evaluations since the best
+    skips: Skips = field(default_factory=Skips)
+    asked: str | None = None  # the signal that asked some rank to end
     best_encoder: dict[str, Tensor] = field(default_factory=dict)
     best_head: dict[str, Tensor] = field(default_factory=dict)
 
@@ -124,6 +130,8 @@ class _State:
                 "best": self.best if math.isfinite(self.best) else None,
                 "best_step": self.best_step,
                 "bad": self.bad,
+                "skipped": self.skips.total,
+                "skipped_in_a_row": self.skips.in_a_row,
                 "head_steps": steps,
             },
         }
@@ -138,6 +146,7 @@ class _State:
         load_moments(self.head_optimizer, self.head, rows)
         self.step, self.best = int(saved["step"]), -math.inf if extra["best"] is None else float(extra["best"])
         self.best_step, self.bad = int(extra["best_step"]), int(extra["bad"])
+        self.skips = Skips(int(extra["skipped"]), int(extra["skipped_in_a_row"]))
         if extra["samples"] != self.samples:
             raise UserError(
                 f"the checkpoint at step {self.step} has seen {extra['samples']} documents, where this run would have "
@@ -181,9 +190,12 @@ def train_level(
         resume: what a ``save`` hook was given and the ``step``, with head rows as this rank
             now owns them; from any engine and number of ranks.
 
+    A step whose loss or gradient is not finite is left out: it counts as a step of the schedule,
+    and data go on behind it.
+
     Raises:
-        DivergedError: the loss or the gradient is not finite; names level and step.  All ranks
-            raise it, and no step is taken with it.
+        DivergedError: too many steps, or too many in a row, could not be taken; on all ranks.
+        Preempted: a signal asked one of them to end; a checkpoint has been handed to ``save``.
     """
     wrapped = engine.prepare(encoder, task.optimizer)
     head.to(engine.device)
@@ -193,15 +205,18 @@ def train_level(
     losses: list[float] = []
     window = Window(state.step)
     wrapped.train()
-    while state.step < task.steps:
-        loss, norm = _step(engine, wrapped, state, task, window)
+    preemption.where(f"match-{task.level}", f"this step of level {task.level} is done and saved")
+    last: tuple[float, float] | None = None  # loss and norm of the last step that was taken
+    while state.step < task.steps and state.bad < task.matcher.patience:
+        loss, norm, taken = _step(engine, wrapped, state, task, hooks, window)
         state.step += 1
         losses.append(loss)
-        if state.step % task.log_every == 0 or state.step == task.steps:
+        last = (loss, norm) if taken else last
+        if last is not None and (state.step % task.log_every == 0 or state.step == task.steps):
             hooks.log(
                 window.flush(
                     {"level": task.level, "step": state.step, "total": task.steps}
-                    | {"loss": loss, "lr": state.lr, "grad_norm": norm}
+                    | {"loss": last[0], "lr": state.lr, "grad_norm": last[1], "skipped_steps": state.skips.total}
                 )
             )
         if task.matcher.validation_fraction and (state.step % task.matcher.eval_every == 0 or state.step == task.steps):
@@ -211,18 +226,22 @@ def train_level(
                 state.keep_best(value)
             elif value is not None:
                 state.bad += 1
-            if state.bad >= task.matcher.patience:
-                break
-        if task.save_every and state.step % task.save_every == 0 and state.step < task.steps:
+        stopped = state.step == task.steps or state.bad >= task.matcher.patience
+        if state.asked or (task.save_every and state.step % task.save_every == 0 and not stopped):
             hooks.save(state.step, state.capture())
+        if state.asked:
+            raise preemption.Preempted(state.asked, f"match-{task.level}", state.step)
+    preemption.where(f"match-{task.level}", f"stage match-{task.level} is committed")
     state.put_best_back()
     result = LevelResult(state.step, engine.plain(), losses, stopped_early=state.bad >= task.matcher.patience)
     engine.release()
     return result
 
 
-def _step(engine: Engine, wrapped: nn.Module, state: _State, task: LevelTask, window: Window) -> tuple[float, float]:
-    """One optimizer step; returns the loss over the global batch and the gradient norm, equal on all ranks."""
+def _step(
+    engine: Engine, wrapped: nn.Module, state: _State, task: LevelTask, hooks: LevelHooks, window: Window
+) -> tuple[float, float, bool]:
+    """One optimizer step: the loss over the global batch, the gradient's norm, whether it was taken; alike on all."""
     torch.manual_seed(_seed(task.seed, task.level, state.step, engine.world.rank))
     factor = lr_factor(task.schedule, state.step, task.steps)
     head_lr = task.optimizer.lr if task.optimizer.head_lr is None else task.optimizer.head_lr
@@ -232,27 +251,46 @@ def _step(engine: Engine, wrapped: nn.Module, state: _State, task: LevelTask, wi
     per_micro = engine.cfg.micro_batch * engine.world.world_size
     starts = range(0, len(ids), per_micro)
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    trace = Trace()
     for start in starts:
         with engine.accumulate(last=start == starts[-1]):
-            loss = _micro_loss(engine, wrapped, state, task, window, ids[start : start + per_micro], len(ids))
+            loss = _micro_loss(engine, wrapped, state, task, window, trace, ids[start : start + per_micro], len(ids))
             engine.backward(loss)
         loss_sum += loss.detach().double()
-    value = float(all_reduce(loss_sum))
+    asked = torch.tensor(preemption.counts(), dtype=torch.float64).to(engine.device)
+    value, *asked_ranks = all_reduce(torch.cat([loss_sum.reshape(1), asked])).tolist()
+    state.asked = preemption.name_of(asked_ranks)
     if engine.mesh.replicas > 1:  # each replica has seen its own documents only
         for p in state.head.parameters():
             if p.grad is None:
                 raise AssertionError("a head without a gradient")
             p.grad = all_reduce(p.grad, "sum", engine.mesh.replica_group)
     norm = engine.clip(state.head.parameters(), task.optimizer.clip)
-    if not (math.isfinite(value) and math.isfinite(norm)):
-        raise DivergedError(
-            f"level {task.level}, step {state.step}: the loss is {value} and its gradient's norm {norm}; lower "
-            "optimizer.lr or optimizer.head_lr, or set engine.precision=fp32"
-        )
-    engine.step(state.lr)
-    state.head_optimizer.step()
+    taken = math.isfinite(value) and math.isfinite(norm)
+    if taken:
+        engine.step(state.lr)
+        state.head_optimizer.step()
+        state.skips.taken()
+    else:
+        _leave_out(engine, state, task, hooks, trace, value, norm)
     state.head_optimizer.zero_grad()
-    return value, norm
+    return value, norm, taken
+
+
+def _leave_out(
+    engine: Engine, state: _State, task: LevelTask, hooks: LevelHooks, trace: Trace, loss: float, norm: float
+) -> None:
+    """Take no step with this gradient, on any rank; collective.
+
+    Raises:
+        DivergedError: it was one too many.
+    """
+    found = describe(trace, engine, state.head, level=task.level, step=state.step, loss=loss, norm=norm)
+    engine.skip()
+    why = state.skips.left_out(task.optimizer.max_skipped_steps)
+    place = hooks.left_out(found, last=bool(why))
+    if why:
+        raise diverged(found, why, place)
 
 
 def _micro_loss(
@@ -261,6 +299,7 @@ def _micro_loss(
     state: _State,
     task: LevelTask,
     window: Window,
+    trace: Trace,
     docs: NDArray[np.int64],
     batch: int,
 ) -> Tensor:
@@ -275,23 +314,32 @@ def _micro_loss(
     mine = local(docs, world.rank, world.world_size)
     theirs = docs[slice(*mesh.replica_part(len(docs)))]
     counts = mesh.part_sizes(len(docs))
-    candidates = task.candidates.of(theirs, state.step).restrict(shard.start, shard.stop)
-    window.add(len(docs), len(theirs), int(candidates.counts.sum()), time.perf_counter() - started)
+    # A rank without a document reads one all the same: backward of the encoder waits for every rank.
+    some = mine if mine.size else np.zeros(1, dtype=np.int64)
+    what = f"level {task.level}, step {state.step}"
+    with watch.reading(what, lambda: _files(task, some), engine.cfg.data_timeout_s):
+        candidates = task.candidates.of(theirs, state.step).restrict(shard.start, shard.stop)
+        tokens, mask = task.tokens.batch(some)
+    waited = time.perf_counter() - started
+    window.add(len(theirs), int(candidates.counts.sum()), waited, task.tokens.lengths[docs], world.world_size)
     with engine.autocast():
-        embedding = _encode(wrapped, task.tokens, mine, engine.device)
+        embedding = wrapped(torch.from_numpy(tokens).to(engine.device), torch.from_numpy(mask).to(engine.device))
+    embedding = embedding.float()
+    if not mine.size:
+        embedding = embedding[:0] + 0.0 * embedding.sum()
+    trace.embedded(mine, embedding)
     everyone = embedding
     if len(theirs):  # else the ranks of this replica agree that there is nothing to gather
         everyone = all_gather_embeddings(embedding, counts, mesh.shard_group, world.world_size)
-    return _loss(state.head, everyone, candidates, task.matcher, batch)
+    loss = _loss(state.head, everyone, candidates, task.matcher, batch)
+    trace.scored(loss)
+    return loss
 
 
-def _encode(wrapped: nn.Module, tokens: TokenShards, mine: NDArray[np.int64], device: torch.device) -> Tensor:
-    """Embeddings of this rank's documents ``[n, d]``; a rank without any still takes part in backward."""
-    some = mine if mine.size else np.zeros(1, dtype=np.int64)
-    ids, mask = tokens.batch(some)
-    embedding: Tensor = wrapped(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)).float()
-    # Data-parallel backward waits for every rank: an empty share is a row of weight zero.
-    return embedding if mine.size else embedding[:0] + 0.0 * embedding.sum()
+def _files(task: LevelTask, documents: NDArray[np.int64]) -> str:
+    """What a step reads of these documents, for a person."""
+    names = ", ".join(map(str, task.tokens.files(documents)))
+    return f"{names}, or the candidates of the level in {task.folder}" if task.folder else names
 
 
 def _loss(head: ShardedHead, embedding: Tensor, candidates: Candidates, cfg: MatcherConfig, documents: int) -> Tensor:

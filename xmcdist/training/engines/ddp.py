@@ -64,6 +64,9 @@ class ReplicatedEngine(Engine):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def skip(self) -> None:
+        self.optimizer.zero_grad()
+
     def weights(self) -> dict[str, Tensor]:
         return saved_tensors(self.encoder)
 

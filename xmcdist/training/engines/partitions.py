@@ -6,8 +6,10 @@ collective unless it says otherwise.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +41,20 @@ class Partitions(ABC):
     @abstractmethod
     def gradient_norm(self) -> float:
         """Norm of the averaged gradient; nan when it is not finite."""
+
+    @contextmanager
+    def invalid_gradient(self) -> Iterator[None]:
+        """Inside, DeepSpeed takes the gradient's norm for no number, whatever the gradient is."""
+        name, value = self._norm_is_nan()
+        setattr(self.optimizer, name, value)
+        try:
+            yield
+        finally:
+            delattr(self.optimizer, name)  # the method of its class is there again
+
+    @abstractmethod
+    def _norm_is_nan(self) -> tuple[str, Callable[..., Any]]:
+        """The method that works out a step's norm, and one that finds it invalid."""
 
     @abstractmethod
     def moment(self, p: nn.Parameter, key: str) -> Tensor:
@@ -89,6 +105,9 @@ class StageTwo(Partitions):
     def gradient_norm(self) -> float:
         return _finite(self.optimizer.scaled_global_norm())
 
+    def _norm_is_nan(self) -> tuple[str, Callable[..., Any]]:
+        return "scaled_global_norm", lambda *_: torch.tensor(math.nan)
+
     def moment(self, p: nn.Parameter, key: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -133,6 +152,9 @@ class StageThree(Partitions):
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
         return _finite(combine_grad_norm_groups(self.optimizer._get_norm_groups()))
+
+    def _norm_is_nan(self) -> tuple[str, Callable[..., Any]]:
+        return "_get_norm_groups", lambda: [torch.tensor(math.nan)]
 
     def moment(self, p: nn.Parameter, key: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state

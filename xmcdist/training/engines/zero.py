@@ -97,6 +97,13 @@ class ZeroEngine(Engine):
         if self.parts.optimizer.overflow:
             raise AssertionError("DeepSpeed has left a step out, though the gradient's norm is finite")
 
+    def skip(self) -> None:
+        # A step of a gradient that it finds invalid: DeepSpeed then clears all that it has gathered of it.
+        with self.parts.invalid_gradient():
+            self.module.step()
+        if not self.parts.optimizer.overflow:
+            raise AssertionError("DeepSpeed has taken a step that was to be left out")
+
     def weights(self) -> dict[str, Tensor]:
         out = {name: shared_out(x, self.flat) for name, x in self.parts.parameters()}
         return out | self._buffers()
