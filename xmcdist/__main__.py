@@ -8,6 +8,7 @@ import sys
 
 COMMANDS = {
     "prepare": "read a data set once into its memory-mapped form",
+    "plan": "sizes, memory, traffic and time of a run before it is started",
     "train": "train a classifier; the same command goes on after an interruption",
     "predict": "labels for the lines of a file",
     "evaluate": "P@k, nDCG@k, R@k, PSP@k of a model on a test split",

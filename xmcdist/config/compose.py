@@ -71,6 +71,8 @@ def register() -> None:
     store.store(name="serve_schema", node=schema.ServeConfig)
     store.store(name="calibrate_schema", node=schema.CalibrateConfig)
     store.store(name="import_pecos_schema", node=schema.ImportPecosConfig)
+    store.store(name="plan_schema", node=schema.PlanConfig)
+    store.store(group="schema", name="counts", node=schema.CountsConfig)
     store.store(name="tree_schema", node=schema.TreeShowConfig)
     for name, node in _GROUPS.items():
         if is_dataclass(node):
@@ -152,6 +154,7 @@ def _all_keys(config_name: str) -> list[str]:
         "serve": schema.ServeConfig,
         "calibrate": schema.CalibrateConfig,
         "import_pecos": schema.ImportPecosConfig,
+        "plan": schema.PlanConfig,
         "tree_show": schema.TreeShowConfig,
     }
 

@@ -13,6 +13,7 @@ from typing import Any
 __all__ = [
     "CalibrateConfig",
     "CheckpointConfig",
+    "CountsConfig",
     "DatasetConfig",
     "EncoderConfig",
     "EngineConfig",
@@ -23,6 +24,7 @@ __all__ = [
     "MatcherConfig",
     "NegativesConfig",
     "OptimizerConfig",
+    "PlanConfig",
     "PredictConfig",
     "RankerConfig",
     "RunConfig",
@@ -239,6 +241,35 @@ class RunConfig:
 
 
 @dataclass
+@dataclass
+class CountsConfig:
+    """Counts of a data set that is not at hand; null: counted in the data, or estimated."""
+
+    documents: int | None = None  # training documents
+    test_documents: int = 0
+    labels: int | None = None
+    labels_per_document: float | None = None  # mean
+    columns: int | None = None  # of the sparse features; null: features.max_features
+    values_per_document: float = 64.0  # mean stored values of a document's sparse features
+    tokens_per_document: float | None = None  # mean; null: encoder.max_length
+
+
+@dataclass
+class PlanConfig:
+    """Where a run is planned for, beside all settings of train."""
+
+    gpu: str | None = None  # h100, a100, l4, ... or cpu; null: what this machine has
+    gpus: int = 1  # processes a node, a GPU each; with gpu=cpu: CPU processes
+    nodes: int = 1
+    network: str = "ndr"  # between nodes: ndr | hdr | 100gbe | 25gbe
+    utilisation: float = 0.4  # share of the published or measured FLOP/s that the encoder's training reaches
+    cores: int | None = None  # CPU cores a node; null: this machine's
+    memory_gb: float | None = None  # of a GPU, or of a node of CPU processes; null: as published, or this machine's
+    counts: CountsConfig = field(default_factory=CountsConfig)
+    output: str | None = None  # JSON file for all figures; null: only printed
+    scaling: bool = False  # print the tables of docs/scaling.md instead
+
+
 class PredictConfig:
     """Predict labels for the lines of a file, or the rows of a matrix, with a model folder or several."""
 

@@ -1,0 +1,8 @@
+"""Projection."""
+
+from __future__ import annotations
+
+
+def scaling_tables() -> str:
+    """Text."""
+    return ""
