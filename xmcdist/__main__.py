@@ -17,6 +17,7 @@ COMMANDS = {
     "import-pecos": "convert a PECOS XR-Linear model",
     "tree": "look at the label tree of a run",
     "report": "make report.html of a run folder again",
+    "board": "curves of a run in a dashboard on this computer",
     "env": "versions and devices, to paste into a bug report",
 }
 USAGE = "usage: python -m xmcdist COMMAND [key=value ...]\n\n" + "\n".join(

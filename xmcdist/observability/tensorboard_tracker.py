@@ -41,7 +41,8 @@ class TensorBoardTracker:
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         columns = list(rows[0])
-        lines = [columns, ["---"] * len(columns), *([row.get(c) for c in columns] for row in rows)]
+        lines: list[list[Any]] = [columns, ["---"] * len(columns)]
+        lines += [[row.get(c) for c in columns] for row in rows]
         text = "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
         self._writer.add_text(name, text, step)
         self._writer.flush()
