@@ -19,7 +19,7 @@ step python -m ruff check .
 step python -m ruff format --check .
 step python -m mypy
 if command -v shellcheck >/dev/null 2>&1; then
-  step shellcheck -x launch/*.sh slurm/*.sbatch .ci/run
+  step shellcheck -x launch/*.sh slurm/*.sh slurm/*.sbatch slurm/local/*.sh .ci/run
 fi
 # Tests that start processes of their own share one worker (tests/conftest.py); the rest fill the others.
 step python -m pytest -n "${XMCDIST_TEST_WORKERS:-$(test_workers)}" --dist loadgroup "$@"

@@ -15,7 +15,11 @@ import yaml
 from xmcdist.config import schema
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("slurm/*.sbatch"), ROOT / ".ci" / "run"])
+SOURCED = {ROOT / "slurm" / "job.sh"}
+SCRIPTS = sorted(
+    {*ROOT.glob("launch/*.sh"), *ROOT.glob("slurm/**/*.sbatch"), *ROOT.glob("slurm/**/*.sh"), ROOT / ".ci" / "run"}
+    - SOURCED
+)
 
 
 def bash(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
