@@ -20,7 +20,7 @@ from xmcdist.trees.show import cluster_text
 __all__ = ["active_of_level", "report_level"]
 
 _TABLE_ROWS = 200
-_LOGGED = 5  # hardest clusters that go to the trackers
+_LOGGED = 20  # hardest clusters that go to the trackers
 
 
 def active_of_level(cfg: NegativesConfig, true: sp.csr_matrix, above: Path, start: int, stop: int) -> sp.csr_matrix:
@@ -39,7 +39,9 @@ def active_of_level(cfg: NegativesConfig, true: sp.csr_matrix, above: Path, star
     return active_parents(cfg.scheme, true, found, consistent, weight=cfg.weight)
 
 
-def report_level(run: Run, folder: Path, tree: LabelTree, t: int, P: sp.csr_matrix, Y: sp.csr_matrix) -> None:
+def report_level(
+    run: Run, folder: Path, tree: LabelTree, t: int, P: sp.csr_matrix, Y: sp.csr_matrix, step: int
+) -> None:
     """Count the beams of a finished level over all ranks; write, log and tabulate them; collective.
 
     ``statistics.npy`` and ``confusions/`` go into the stage folder, for the level below;
@@ -48,6 +50,7 @@ def report_level(run: Run, folder: Path, tree: LabelTree, t: int, P: sp.csr_matr
     Args:
         P: what this rank's documents retrieve ``[n, K_t]``.
         Y: their true nodes ``[n, K_t]``.
+        step: ``global_step`` of the level's end.
     """
     world = run.world
     cuts = LabelShard(world.rank, world.world_size, tree.level_size(t)).cuts
@@ -71,10 +74,17 @@ def report_level(run: Run, folder: Path, tree: LabelTree, t: int, P: sp.csr_matr
     write_tsv(tables / f"level-{t}.tsv", ConfusionRow, confused)
     run.log.metrics(
         {
+            "global_step": step,
             "level": t,
             "beam_recall": recall,
             "hardest_clusters": [
-                {"cluster": r.cluster, "labels": r.text, "misses": r.misses, "recall": r.recall}
+                {
+                    "cluster": r.cluster,
+                    "labels": r.text,
+                    "documents": r.positives,
+                    "misses": r.misses,
+                    "recall": r.recall,
+                }
                 for r in hardest[:_LOGGED]
             ],
         }

@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 from xmcdist.parallel.traffic import TRAFFIC
 
 __all__ = ["Window"]
@@ -21,36 +24,59 @@ class Window:
         """Forget what was averaged."""
         self.first, self.started, self.traffic = step, time.perf_counter(), TRAFFIC.copy()
         self.documents, self.scored, self.active, self.waiting = 0, 0, 0, 0.0
+        self.tokens, self.squares, self.padded = 0, 0, 0
 
-    def add(self, documents: int, scored: int, active: int, waiting: float) -> None:
+    def add(self, scored: int, active: int, waiting: float, lengths: ArrayLike, parts: int) -> None:
         """Count one micro-batch.
 
         Args:
-            documents: of all ranks.
-            scored: of this replica.
-            active: candidates of these that this rank scores.
+            scored: documents of this replica.
+            active: candidates of these, over all its shards.
             waiting: seconds until they were there.
+            lengths: tokens of the documents of all ranks, in rank order.
+            parts: ranks that part them, each padding its own to its longest.
         """
-        self.documents += documents
+        tokens = np.asarray(lengths, dtype=np.int64)
+        self.documents += len(tokens)
         self.scored += scored
         self.active += active
         self.waiting += waiting
+        self.tokens += int(tokens.sum())
+        self.squares += int((tokens * tokens).sum())
+        self.padded += _padded(tokens, parts)
 
     def flush(self, now: dict[str, Any]) -> dict[str, Any]:
         """One row of metrics, and a new window.
 
         Args:
             now: values of this moment, ``step`` and ``total`` (of the level) among them.
+
+        Returns:
+            ``now`` and the window's means; ``length_squared`` is the mean of the squares of the
+            documents' tokens, which attention's cost goes by.
         """
         took = max(time.perf_counter() - self.started, 1e-9)
         steps, traffic = max(now["step"] - self.first, 1), TRAFFIC.since(self.traffic)
         row = now | {
             "docs_per_s": self.documents / took,
+            "tokens_per_s": self.tokens / took,
+            "padding_percent": 100 * (1 - self.tokens / max(self.padded, 1)),
+            "length_squared": self.squares / max(self.documents, 1),
             "active_candidates": self.active / max(self.scored, 1),
             "data_wait_percent": 100 * self.waiting / took,
             "collective_percent": 100 * traffic.seconds / took,
+            "collective_s": traffic.seconds,
             "sent_bytes_per_step": traffic.total / steps,
             "eta_s": (now["total"] - now["step"]) * took / steps,
         }
         self.restart(now["step"])
         return row
+
+
+def _padded(tokens: NDArray[np.int64], parts: int) -> int:
+    """Tokens with padding, where ranks take contiguous parts of the documents and pad each to its longest."""
+    cuts = np.arange(parts + 1) * len(tokens) // parts
+    sizes = np.diff(cuts)
+    some = sizes > 0
+    longest = np.maximum.reduceat(tokens, cuts[:-1][some]) if some.any() else np.zeros(0, np.int64)
+    return int((longest * sizes[some]).sum())
