@@ -27,7 +27,8 @@ class Traffic:
     Attributes:
         sent: bytes by collective.
         calls: calls by collective.
-        seconds: time spent waiting in collectives; with NCCL only in starting them.
+        seconds: time spent waiting in collectives; with NCCL only in starting them.  What a
+            data-parallel engine sends within a backward pass is not among them.
     """
 
     sent: Counter[str] = field(default_factory=Counter)

@@ -29,6 +29,7 @@ from xmcdist.parallel.traffic import TRAFFIC
 __all__ = ["CollectiveError", "Watch", "collective", "gone", "reading", "start", "stop"]
 
 _BEAT_S = 1.0
+_MOSTLY_WORK = ("backward", "checkpoint")  # their time is no time in collectives; what they call is counted
 _GONE_AFTER_S = 3.5  # without a word; a rank may miss a beat while compiled code holds the interpreter
 _SURELY_GONE_AFTER_S = 15.0
 _NEIGHBOURS = 32  # ranks that one looks after: asking for all of a thousand would flood the store
@@ -242,7 +243,7 @@ def collective(op: str, sent: int) -> Iterator[None]:
             _place.op, _place.inside, _place.since = around
         else:
             _place.inside, _place.since = False, time.time()
-    TRAFFIC.add(op, sent, time.perf_counter() - began)
+    TRAFFIC.add(op, sent, 0.0 if op in _MOSTLY_WORK else time.perf_counter() - began)
 
 
 @contextmanager
