@@ -163,18 +163,15 @@ class RunLock:
     def _read(self) -> tuple[dict[str, Any], float] | None:
         """What the file says, ``{}`` if it is damaged, and its time; opened anew, so that NFS asks the server."""
         try:
-            with open(self.path, encoding="utf-8") as f:
+            with open(self.path, encoding="utf-8", errors="replace") as f:
                 modified = os.fstat(f.fileno()).st_mtime
-                said = json.load(f)
-        except (FileNotFoundError, ProcessLookupError):
+                return _parse(f.read()), modified
+        except FileNotFoundError:
             return None
         except OSError as error:
             if error.errno == errno.ESTALE:
                 return None
             raise
-        except ValueError:
-            said = {}
-        return (said if isinstance(said, dict) else {}), modified
 
     def _why_dead(self, holder: dict[str, Any], modified: float) -> str | None:
         """How it is known that the holder is dead; None: look again.
@@ -223,11 +220,7 @@ class RunLock:
             os.rename(self.path, aside)
         except FileNotFoundError:
             return False
-        try:
-            said = json.loads(aside.read_text(encoding="utf-8"))
-        except ValueError:
-            said = {}
-        ours = said.get("id") == holder.get("id")
+        ours = bool(_parse(aside.read_text(encoding="utf-8", errors="replace")).get("id") == holder.get("id"))
         if not ours:
             with suppress(OSError):
                 os.link(aside, self.path)
@@ -250,6 +243,15 @@ class RunLock:
                 holder = self._read()
                 if holder is not None and self._mine is not None and holder[0].get("id") == self._mine["id"]:
                     os.utime(self.path)
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """What the file says; ``{}`` if it is damaged."""
+    try:
+        said = json.loads(text)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _create_exclusive(path: Path, data: bytes) -> bool:

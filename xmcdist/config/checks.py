@@ -23,6 +23,7 @@ TRACKERS = ("wandb", "tensorboard", "trackio")
 _SCHEMES = ("tfn", "man", "tfn+man")
 _MATCHER_SCHEMES = (*_SCHEMES, "consistent", "tfn+man+consistent")
 _CHOICES: dict[str, Sequence[str]] = {
+    "checkpoint.verify": ("sizes", "full", "off"),
     "dataset.format": ("auto", "text", "xc", "jsonl", "csv", "parquet"),
     "features.kind": ("auto", "tfidf", "given"),
     "encoder.preset": ("none", "minilm", "tiny", "hf"),

@@ -192,6 +192,7 @@ class CheckpointConfig:
     every_steps: int = 200  # 0 turns it off
     keep: int = 2  # newest checkpoints of a level that stay
     asynchronous: bool = True  # written by a thread, from a copy in host memory, while training goes on
+    verify: str = "sizes"  # what is looked at before a finished stage is skipped: sizes of its files | full | off
 
 
 @dataclass

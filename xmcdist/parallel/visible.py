@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from xmcdist.config.errors import UserError
+from xmcdist.parallel.launch import World
 
-__all__ = ["wait_for"]
+__all__ = ["seen_by_all", "wait_for"]
 
 _LIMIT_S = 60.0
 _SAY_AFTER_S = 5.0
@@ -73,3 +74,37 @@ def _there(path: Path, size: int | None, ready: Callable[[], bool] | None) -> bo
     except OSError:
         pass
     return False
+
+
+def seen_by_all(folder: Path, world: World) -> None:
+    """Wait until each node sees every file below a folder that any of them sees, at its full size; collective.
+
+    For a folder into which several ranks have just written, before one reads what another wrote.
+
+    Raises:
+        UserError: on every rank: a node does not see a file of another.
+
+    Cost: on one node a barrier; else a listing and a stat a file on each.
+    """
+    if world.world_size == world.local_world_size:
+        world.barrier()
+        return
+    from xmcdist.parallel.collectives import gather_objects
+    from xmcdist.parallel.errors import errors_together
+
+    mine = _sizes(folder) if world.local_rank == 0 else {}
+    sizes: dict[str, int] = {}
+    for seen in gather_objects(mine):
+        for name, size in seen.items():
+            sizes[name] = max(size, sizes.get(name, 0))
+    with errors_together():
+        for name, size in sizes.items() if world.local_rank == 0 else ():
+            wait_for(folder / name, size=size)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {
+        str((Path(where) / name).relative_to(folder)): (Path(where) / name).stat().st_size
+        for where, _, names in os.walk(folder)
+        for name in names
+    }

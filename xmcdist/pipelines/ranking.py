@@ -11,12 +11,14 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
-from xmcdist.checkpoint.atomic import write_json
+from xmcdist.checkpoint.atomic import no_space_is_clear, write_json
 from xmcdist.checkpoint.parts import write_csr
 from xmcdist.inference.beam import predict_level
 from xmcdist.inference.postprocess import PostProcessor
 from xmcdist.negatives.schemes import active_parents
 from xmcdist.parallel.collectives import all_gather_ragged, all_reduce_array, gather_objects
+from xmcdist.parallel.errors import errors_together
+from xmcdist.parallel.visible import seen_by_all
 from xmcdist.pipelines.levels import per_level, root_rows
 from xmcdist.pipelines.run import Run
 from xmcdist.rankers.device_solver import ranker_device, solve_level_on_device
@@ -111,9 +113,10 @@ def _level_stage(
                 say=run.log.warn,
             )
         seconds = time.process_time() - before
-        weights.astype(cfg.weights_dtype).save(folder / "weights", run.world.rank, run.world.world_size)
+        with errors_together(), no_space_is_clear(folder):
+            weights.astype(cfg.weights_dtype).save(folder / "weights", run.world.rank, run.world.world_size)
         _tell_balance(run, name, t, folder, seconds)
-        run.world.barrier()
+        seen_by_all(folder, run.world)
         if later_is_man:
             _predict(run, folder, features, child_ptr, above)
 

@@ -5,6 +5,7 @@ Letters: N documents, L labels, W ranks.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import scipy.sparse as sp
 from xmcdist.config.schema import TreeConfig
 from xmcdist.parallel.launch import World
 from xmcdist.parallel.shards import row_range
+from xmcdist.parallel.visible import seen_by_all
 from xmcdist.sparse.features import Features
 from xmcdist.sparse.store import CsrWriter, open_array, open_csr, save_csr
 from xmcdist.trees.files import read_label_features, read_tree
@@ -90,10 +92,10 @@ def _embed(
         save_csr(part / "sparse", mine.sparse)
     if mine.dense is not None:
         np.save(part / "dense.npy", mine.dense)
-    world.barrier()
+    seen_by_all(folder, world)
     if world.is_main:
         _join(folder, features, Y.shape[1], world.world_size)
-    world.barrier()
+    seen_by_all(folder, world)
     return Features(
         open_csr(folder / "sparse") if features.sparse is not None else None,
         open_array(folder / "dense.npy", "float32", ndim=2) if features.dense is not None else None,
@@ -107,9 +109,11 @@ def _join(folder: Path, features: Features, num_labels: int, ranks: int) -> None
             for rank in range(ranks):
                 writer.append(open_csr(_part(folder, rank) / "sparse"))
     if features.dense is not None:
-        whole = np.lib.format.open_memmap(
-            folder / "dense.npy", mode="w+", dtype=np.float32, shape=(num_labels, features.num_dense)
-        )
+        path = folder / "dense.npy"
+        whole = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(num_labels, features.num_dense))
+        with open(path, "r+b") as f:  # on a full disk an error now, and not the end of the process at some page
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
         for rank in range(ranks):
             start, stop = row_range(num_labels, rank, ranks)
             whole[start:stop] = open_array(_part(folder, rank) / "dense.npy", "float32", ndim=2)
