@@ -242,7 +242,6 @@ class RunConfig:
 
 
 @dataclass
-@dataclass
 class CountsConfig:
     """Counts of a data set that is not at hand; null: counted in the data, or estimated."""
 
@@ -271,6 +270,7 @@ class PlanConfig:
     scaling: bool = False  # print the tables of docs/scaling.md instead
 
 
+@dataclass
 class PredictConfig:
     """Predict labels for the lines of a file, or the rows of a matrix, with a model folder or several."""
 
