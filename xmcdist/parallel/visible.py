@@ -84,7 +84,7 @@ def seen_by_all(folder: Path, world: World) -> None:
     Raises:
         UserError: on every rank: a node does not see a file of another.
 
-    Cost: on one node a barrier; else a listing and a stat a file on each.
+    Cost: on one node a barrier; else two, and a listing and a stat a file on each.
     """
     if world.world_size == world.local_world_size:
         world.barrier()
@@ -92,6 +92,7 @@ def seen_by_all(folder: Path, world: World) -> None:
     from xmcdist.parallel.collectives import gather_objects
     from xmcdist.parallel.errors import errors_together
 
+    world.barrier()  # one that still writes may also remove what is listed too soon
     mine = _sizes(folder) if world.local_rank == 0 else {}
     sizes: dict[str, int] = {}
     for seen in gather_objects(mine):
