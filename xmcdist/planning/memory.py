@@ -41,10 +41,10 @@ class Runtime:
         kernels: compiled kernels, once used.
     """
 
-    linear: float = 330e6
+    linear: float = 350e6
     encoder: float = 120e6
     deepspeed: float = 60e6
-    kernels: float = 100e6
+    kernels: float = 115e6
 
     @classmethod
     def of_this_machine(cls, has_encoder: bool, engine: str) -> Runtime:
