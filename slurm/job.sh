@@ -8,7 +8,7 @@ die() { echo "$(basename "${0}"): error: $*" >&2; exit 1; }
 # shellcheck disable=SC2034  # the files that source this one use them
 srun_options=() container=() cpu_job=() gpu_job=()
 site="${XMCDIST_SITE:-slurm/site.env}"
-if [[ -f "$site" ]]; then
+if [[ -e "$site" ]]; then
   set +u # what `module load` runs does not expect it
   # shellcheck source=/dev/null
   source "$site"
