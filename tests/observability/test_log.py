@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from xmcdist.config.schema import TrackerConfig
 from xmcdist.observability.environment import environment_report, peak_memory_mb, versions
 from xmcdist.observability.log import RunLog
 from xmcdist.parallel.launch import World
@@ -37,18 +36,3 @@ def test_the_report_names_versions_and_memory() -> None:
     assert "python" in versions()
     assert "cpu cores" in environment_report()
     assert 10 < peak_memory_mb() < 100_000
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_wandb_offline_keeps_its_run_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xmcdist.observability.wandb_tracker import WandbTracker
-
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    ids = []
-    for _ in range(2):
-        tracker = WandbTracker(TrackerConfig(use=["wandb"]), tmp_path, {"seed": 0})
-        tracker.points(1, {"loss": 1.0})
-        tracker.close()
-        ids.append((tmp_path / "wandb-id").read_text())
-    assert ids[0] == ids[1]
-    assert list((tmp_path / "wandb").glob("offline-run-*"))

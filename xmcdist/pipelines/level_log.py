@@ -197,7 +197,9 @@ def line_of(row: dict[str, Any], world_size: int) -> str:
         f"waiting {row['data_wait_percent']:.0f} %",
     ]
     if world_size > 1:
-        parts.append(f"collectives {row['collective_percent']:.0f} %, {row['sent_bytes_per_step'] / 1e6:.2f} MB a step")
+        sent = row["sent_bytes_per_step"]
+        size = f"{sent / 1e6:.1f} MB" if sent >= 1e5 else f"{sent / 1e3:.1f} kB"
+        parts.append(f"collectives {row['collective_percent']:.0f} %, {size} a step")
     return "  ".join([*parts, f"{row['memory_mb']:.0f} MB", f"ETA {_duration(row['eta_s'])}"])
 
 
