@@ -161,7 +161,7 @@ def _frame(x: Scale, y: Scale, unit: str, x_name: str, width: float, height: flo
 def _levels(x: Scale, boundaries: Sequence[Boundary], height: float) -> list[str]:
     """A line where a level begins, its name beside it where there is room."""
     parts = []
-    ends = [b.x for b in boundaries[1:]] + [x.high]
+    ends = [*(b.x for b in boundaries[1:]), x.high][: len(boundaries)]
     for i, (b, end) in enumerate(zip(boundaries, ends, strict=True)):
         at, room = x(b.x), x(end) - x(b.x)
         if i:

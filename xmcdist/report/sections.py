@@ -159,7 +159,7 @@ def resources(facts: Facts) -> str:
     peaks = [p / 1024 for p in facts.results.get("peak_memory_mb_per_rank") or []]
     group = math.ceil(len(peaks) / _COLUMNS)
     tops = [max(peaks[i : i + group]) for i in range(0, len(peaks), group)] if len(peaks) > 1 else []
-    names = [(str(i * group), "process" if len(tops) < 6 else "") for i in range(len(tops))]
+    names = [(f"process {i}" if len(tops) < 6 else str(i * group), "") for i in range(len(tops))]
     note = "By process, over the whole run." + (f" A column is the highest of {group}." if group > 1 else "")
     boxes = [
         Box("Stages", _stages_note(facts), lambda _: _stages(facts), 4 if tops else 6),
