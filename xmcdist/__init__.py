@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from xmcdist.inference.predictor import Predictor
 
 
-def load(path: str, *, trust_remote_code: bool = False) -> Predictor:
+def load(path: str, *, trust_remote_code: bool = False, verify: bool = False) -> Predictor:
     """Load a model folder written by ``train``; needs no training data and no GPU.
 
     Args:
         path: the ``model`` folder of a run.
         trust_remote_code: let an encoder that brings code of its own run it; off, no code is run.
+        verify: read every file first and compare it with its checksum, as one does with a model
+            that was copied from elsewhere.
 
     Returns:
         An object whose ``predict(["some text"], k=5)`` names labels with scores.
@@ -26,4 +28,4 @@ def load(path: str, *, trust_remote_code: bool = False) -> Predictor:
     """
     from xmcdist.inference.predictor import Predictor
 
-    return Predictor.load(path, trust_remote_code=trust_remote_code)
+    return Predictor.load(path, trust_remote_code=trust_remote_code, verify=verify)

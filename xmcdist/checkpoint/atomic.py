@@ -43,11 +43,15 @@ def write_json(path: Path, value: Any) -> int:
     data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
     beside = path.with_name(path.name + ".tmp")
     with no_space_is_clear(path):
-        with open(beside, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
+        try:
+            with open(beside, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(beside, path)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
         to_disk(path.parent)
     return zlib.crc32(data)
 

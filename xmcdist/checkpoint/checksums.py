@@ -15,11 +15,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from xmcdist.checkpoint.atomic import read_json, to_disk
+from xmcdist.checkpoint.atomic import read_json, to_disk, write_json
 from xmcdist.config.errors import UserError
 
-__all__ = ["DamagedError", "crc32_of", "files_to_disk", "first_damage", "read_sealed", "record", "sealed"]
+__all__ = [
+    "DamagedError",
+    "crc32_of",
+    "files_to_disk",
+    "first_damage",
+    "folder_damage",
+    "read_sealed",
+    "record",
+    "seal_folder",
+    "sealed",
+]
 
+_LIST = "files.json"
 _PIECE = 1 << 22  # bytes read in one go
 _THREADS = 8  # reading and flushing wait for the disk, and zlib lets other threads run
 
@@ -79,6 +90,24 @@ def first_damage(folder: Path, files: dict[str, dict[str, int]], *, contents: bo
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return next((text for text in pool.map(look, files) if text is not None), None)
+
+
+def seal_folder(folder: Path) -> None:
+    """Write ``files.json``: sizes and checksums of the files below a folder that may travel by itself."""
+    write_json(folder / _LIST, sealed({"files": record(folder, leave={_LIST})}))
+
+
+def folder_damage(folder: Path, *, contents: bool) -> str | None:
+    """What is wrong with the first file of a sealed folder, or None, also where it was never sealed.
+
+    Files that were added later are not looked at.
+    """
+    if not (folder / _LIST).exists():
+        return None
+    try:
+        return first_damage(folder, read_sealed(folder / _LIST)["files"], contents=contents)
+    except DamagedError as error:
+        return str(error)
 
 
 def files_to_disk(folder: Path) -> None:

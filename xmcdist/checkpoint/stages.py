@@ -30,6 +30,7 @@ from xmcdist.parallel.visible import wait_for
 __all__ = ["StageStore", "fingerprint"]
 
 _STAGE, _NOTE, _CHECKPOINTS = "stage.json", "partial.json", "checkpoints"
+_UNFINISHED = ("*.tmp", "*.part-*.npy", "part-[0-9][0-9][0-9][0-9][0-9]")
 
 
 def fingerprint(value: Any) -> str:
@@ -193,6 +194,9 @@ class StageStore:
         note = partial / _NOTE
         if _noted(partial, _NOTE, "fingerprint") == mark:
             (partial / _STAGE).unlink(missing_ok=True)  # of a commit that cannot be taken for one
+            for pattern in _UNFINISHED:  # perhaps of more ranks than now
+                for left in list(partial.rglob(pattern)):
+                    left.unlink(missing_ok=True) if left.is_file() else shutil.rmtree(left, ignore_errors=True)
             self.say(f"{partial.stem}: going on where it was interrupted")
             return
         shutil.rmtree(partial, ignore_errors=True)

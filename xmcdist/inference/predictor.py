@@ -17,6 +17,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from xmcdist.checkpoint.atomic import read_json
+from xmcdist.checkpoint.checksums import folder_damage
 from xmcdist.config.errors import UserError
 from xmcdist.data.dataset import TextStore
 from xmcdist.features.tfidf import Tfidf
@@ -82,7 +83,14 @@ class Predictor:
         self.calibration, self.is_part = calibration, is_part
 
     @classmethod
-    def load(cls, path: str | Path, *, trust_remote_code: bool = False, part: tuple[int, int] = (0, 1)) -> Predictor:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        trust_remote_code: bool = False,
+        part: tuple[int, int] = (0, 1),
+        verify: bool = False,
+    ) -> Predictor:
         """Open a model folder; runs no code from it unless it is trusted.
 
         Args:
@@ -91,6 +99,8 @@ class Predictor:
             part: (rank, number of ranks) to hold only this rank's labels; `predict` and
                 `scores` are then collective, each rank asks for documents of its own (perhaps
                 none), and all must ask equally often.
+            verify: first read every file and compare it with its checksum, as one does with a
+                model that was copied; else sizes and types of the rankers are looked at.
 
         Raises:
             UserError: no model there, a newer format, or a damaged file.
@@ -101,13 +111,16 @@ class Predictor:
         meta = read_json(folder / "config.json")
         if meta.get("format") != MODEL_FORMAT:
             raise UserError(f"{folder} has model format {meta.get('format')}; this version reads {MODEL_FORMAT}")
+        damage = folder_damage(folder, contents=True) if verify else None
+        if damage is not None:
+            raise UserError(f"{damage}: copy the model again, or delete {folder} and start its training command again")
         embedder = None
         if meta["encoder"]:
             from xmcdist.encoders.embed import TextEmbedder
 
             embedder = TextEmbedder.load(folder / "encoder", trust_remote_code=trust_remote_code)
         try:
-            rankers = LinearTree.load(folder / "rankers")
+            rankers = LinearTree.load(folder / "rankers", verify=verify)
             rankers = rankers.part(*part) if part[1] > 1 else rankers
         except ValueError as error:
             raise UserError(str(error)) from error

@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from xmcdist.checkpoint.atomic import replace_folder, write_json
+from xmcdist.checkpoint.atomic import no_space_is_clear, replace_folder, write_json
+from xmcdist.checkpoint.checksums import files_to_disk, folder_damage, seal_folder
 from xmcdist.data.dataset import PreparedDataset
+from xmcdist.inference.calibration import FILE as CALIBRATION
 from xmcdist.inference.predictor import MODEL_FORMAT
 from xmcdist.observability.environment import versions
+from xmcdist.parallel.errors import errors_together
 from xmcdist.pipelines.evaluation import label_frequency
 from xmcdist.pipelines.prepare import prepared_folder
 from xmcdist.pipelines.run import Run
@@ -37,13 +40,28 @@ def export_stage(run: Run, rankers: LinearTree, encoder: Path | None, sparse: bo
 
     stage = run.stages.run("export", run.inputs("ranker", after=(last,), beam=run.cfg.ranker.beam), body)
     model = Path(run.cfg.run_dir) / "model"
-    if run.world.is_main and not (model / "config.json").exists():
-        _link(stage / "model", model)
-    run.world.barrier()
+    with errors_together(), no_space_is_clear(model):
+        if run.world.is_main:
+            _put(run, stage / "model", model)
     return model
 
 
+def _put(run: Run, source: Path, model: Path) -> None:
+    """Let ``RUN/model`` be what was exported; what `calibrate` added to it stays."""
+    verify = run.cfg.checkpoint.verify
+    for name in ("model.old", "model.tmp"):  # killed within this
+        shutil.rmtree(model.with_name(name), ignore_errors=True)
+    if (model / "config.json").exists():
+        damage = None if verify == "off" else folder_damage(model, contents=verify == "full")
+        if damage is None:
+            return
+        run.log.say(f"model: damaged: {damage}; put there again")
+    added = (model / CALIBRATION).read_bytes() if (model / CALIBRATION).exists() else None
+    _link(source, model, added)
+
+
 def _write(run: Run, rankers: LinearTree, encoder: Path | None, sparse: bool, model: Path) -> None:
+    shutil.rmtree(model, ignore_errors=True)  # of a run that ended within this
     model.mkdir()
     rankers.save(model / "rankers")
     tfidf = Path(run.cfg.run_dir) / "stages" / "features" / "tfidf"
@@ -66,6 +84,7 @@ def _write(run: Run, rankers: LinearTree, encoder: Path | None, sparse: bool, mo
         "versions": versions(),
     }
     write_json(model / "config.json", meta)
+    seal_folder(model)
     shutil.rmtree(Path(run.cfg.run_dir) / "model", ignore_errors=True)
 
 
@@ -76,7 +95,7 @@ def trained_on(data: PreparedDataset, split: str = "trn") -> dict[str, str]:
     return {kind: files[place]["sha256"] for kind, place in places.items() if place in files}
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: Path, target: Path, calibration: bytes | None = None) -> None:
     """Copy a folder by hard links where the file system has them: the bytes are there already."""
 
     def one(a: str, b: str) -> str:
@@ -89,4 +108,7 @@ def _link(source: Path, target: Path) -> None:
     beside = target.with_name(target.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(source, beside, copy_function=one)
+    if calibration is not None:
+        (beside / CALIBRATION).write_bytes(calibration)
+    files_to_disk(beside)
     replace_folder(beside, target)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xmcdist.checkpoint.atomic import no_space_is_clear, replace_folder, write_json
+from xmcdist.checkpoint.checksums import files_to_disk, seal_folder
 from xmcdist.config.errors import UserError
 from xmcdist.config.schema import ImportPecosConfig
 from xmcdist.data.lines import byte_lines, decode
@@ -67,6 +68,8 @@ def import_pecos(cfg: ImportPecosConfig) -> list[str]:
             if frequency is not None:
                 np.save(beside / "label_frequency.npy", frequency)
             write_json(beside / "config.json", meta)
+            seal_folder(beside)
+            files_to_disk(beside)
             replace_folder(beside, output)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
