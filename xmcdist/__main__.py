@@ -18,6 +18,7 @@ COMMANDS = {
     "tree": "look at the label tree of a run",
     "report": "make report.html of a run folder again",
     "board": "curves of a run in a dashboard on this computer",
+    "doctor": "is this machine, or this job on all its ranks, fit to train?",
     "env": "versions and devices, to paste into a bug report",
 }
 USAGE = "usage: python -m xmcdist COMMAND [key=value ...]\n\n" + "\n".join(

@@ -71,6 +71,7 @@ def register() -> None:
     store.store(name="serve_schema", node=schema.ServeConfig)
     store.store(name="calibrate_schema", node=schema.CalibrateConfig)
     store.store(name="import_pecos_schema", node=schema.ImportPecosConfig)
+    store.store(name="doctor_schema", node=schema.DoctorConfig)
     store.store(name="plan_schema", node=schema.PlanConfig)
     store.store(group="schema", name="counts", node=schema.CountsConfig)
     store.store(name="tree_schema", node=schema.TreeShowConfig)
@@ -154,6 +155,7 @@ def _all_keys(config_name: str) -> list[str]:
         "serve": schema.ServeConfig,
         "calibrate": schema.CalibrateConfig,
         "import_pecos": schema.ImportPecosConfig,
+        "doctor": schema.DoctorConfig,
         "plan": schema.PlanConfig,
         "tree_show": schema.TreeShowConfig,
     }

@@ -15,6 +15,7 @@ __all__ = [
     "CheckpointConfig",
     "CountsConfig",
     "DatasetConfig",
+    "DoctorConfig",
     "EncoderConfig",
     "EngineConfig",
     "EvaluateConfig",
@@ -239,6 +240,19 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass
+class DoctorConfig:
+    """Check a machine, a job's ranks, a run folder, a model folder."""
+
+    run_dir: str | None = None  # a run's folder: whether its stages are whole
+    model: str | None = None  # a model folder: whether it can be opened
+    folder: str | None = None  # that all ranks should see; null: run_dir, or else $XMCDIST_RUNS, or else here
+    verify: bool = False  # read every byte of run_dir and model and compare checksums
+    gpu: bool = True  # take GPUs where there are any
+    timeout_s: int = 60  # a rank that does not answer for so long is named, and the check ends
+    wait_s: float = 10.0  # for a file that another rank wrote
 
 
 @dataclass

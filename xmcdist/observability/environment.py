@@ -72,6 +72,7 @@ def environment_report(run_dir: Path | None = None) -> str:
     Raises:
         UserError: there is no such run.
     """
+    of_run = {} if run_dir is None else _run_rows(run_dir)
     import torch
 
     from xmcdist.observability.host import cpu_description, gpu_rows, memory_total, nvidia_driver
@@ -91,8 +92,7 @@ def environment_report(run_dir: Path | None = None) -> str:
         rows["driver"] = driver
     if torch.cuda.is_available():
         rows["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-    if run_dir is not None:
-        rows |= _run_rows(run_dir)
+    rows |= of_run
     missing = [p for p in _PACKAGES if p not in rows]
     lines = [f"{name:22s} {value}" for name, value in rows.items()]
     if missing:
