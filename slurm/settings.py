@@ -53,7 +53,7 @@ def expand(words: list[str]) -> list[tuple[str, list[str]]]:
 
 def _plain(word: str) -> str:
     """A setting as a part of a folder's name: ``matcher.steps=[10,20]`` is ``matcher.steps-10-20``."""
-    return re.sub(r"[^A-Za-z0-9.+]+", "-", word).strip("-")
+    return re.sub(r"[^A-Za-z0-9.+_]+", "-", word).strip("-")
 
 
 def stages(words: list[str]) -> list[str]:
