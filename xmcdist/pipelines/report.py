@@ -71,9 +71,12 @@ def write_report(run_dir: Path) -> tuple[Path, list[str]]:
     facts, left_out = _gather(run_dir)
     path = run_dir / "report.html"
     beside = path.with_name("report.html.tmp")
-    with no_space_is_clear(path):
-        beside.write_text(page(facts), encoding="utf-8", errors="replace")
-        os.replace(beside, path)
+    try:
+        with no_space_is_clear(path):
+            beside.write_text(page(facts), encoding="utf-8", errors="replace")
+            os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
     return path, left_out
 
 
