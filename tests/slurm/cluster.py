@@ -16,11 +16,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The shipped data with a small random encoder: all stages, minutes on two cores.
+# The shipped data with a small random encoder: all stages, minutes on two cores, half a minute of steps on fast ones.
 SHIPPED = [
     "experiment=quickstart",
     "encoder=tiny",
-    "matcher.steps=[20,400]",
+    "matcher.steps=[20,1000]",
     "checkpoint.every_steps=0",  # what is resumed was saved by the signal
     "tracker.log_every=5",
     "engine.threads=1",

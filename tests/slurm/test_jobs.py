@@ -61,7 +61,7 @@ def _one_curve(job: Job) -> None:
     """No optimizer step twice, none left out, in metrics.jsonl and every tracker."""
     steps = [row["global_step"] for row in job.rows() if "loss" in row and "level" in row]
     assert steps == sorted(set(steps))
-    assert set(range(25, 421, 5)) <= set(steps)
+    assert set(range(25, 1021, 5)) <= set(steps)
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
