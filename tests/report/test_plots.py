@@ -96,8 +96,8 @@ def test_ticks_are_round_and_within() -> None:
 
 
 def test_numbers_read_well() -> None:
-    said = [number(v) for v in (0, 0.07142, 1.7e-5, 10556, 3.21e6, 35.0, 123.456, float("nan"), -0.5)]
-    assert said == ["0", "0.0714", "1.7e-5", "10,556", "3.21M", "35", "123", "n/a", "-0.5"]
+    said = [number(v) for v in (0, 0.07142, 1.7e-5, 10556, 649516, 3.21e6, 35.0, 123.456, float("nan"), -0.5)]
+    assert said == ["0", "0.0714", "1.7e-5", "10,556", "650k", "3.21M", "35", "123", "n/a", "-0.5"]
     spans = [duration(v) for v in (0.04, 9.94, 59.4, 211, 7500, 3 * 86400 + 14400)]
     assert spans == ["0.0 s", "9.9 s", "59 s", "3 min 31 s", "2 h 5 min", "3 d 4 h"]
     assert shorten("one two\n three", 40) == "one two three"
@@ -127,6 +127,7 @@ def test_steps_taken_twice_count_once_and_levels_follow_each_other(tmp_path: Pat
         "[]",
         '{"level": 1, "loss"',
         _window(2, 10, 0.3, lr=float("nan"), head_lr=0.1),
+        {"level": 2, "step": 10, "validation_beam_recall": 0.6, "validation_P@1": 0.4},
         _window(2, 20, 0.2, lr=1e-4),
     ]
     found = _write(tmp_path / "metrics.jsonl", rows)
@@ -135,7 +136,8 @@ def test_steps_taken_twice_count_once_and_levels_follow_each_other(tmp_path: Pat
     assert found.series("head_lr", 10) == ([30], [1.0])
     assert found.starts == {1: 0, 2: 20}
     assert found.recall == {1: 0.75}
-    assert found.validation == [(1, 20, 0.5)]
+    assert found.validation == {"beam_recall": ([20, 30], [0.5, 0.6]), "P@1": ([30], [0.4])}
+    assert found.seconds == {"prepare": 1.0}
     assert found.last_time == 120.0
 
 

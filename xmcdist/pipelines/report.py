@@ -94,8 +94,8 @@ def _gather(run_dir: Path) -> tuple[Facts, list[str]]:
     facts.results = part("results", lambda: _optional_json(run_dir / "results.json"), {})
     facts.config = part("settings", lambda: _settings(run_dir, facts.results), {})
     facts.name = str(facts.config.get("dataset.name") or run_dir.name)
-    facts.seconds = part("stage times", lambda: _seconds(run_dir, facts.results), [])
     facts.steps = part("training curves", lambda: read_steps(run_dir / "metrics.jsonl"), StepMetrics())
+    facts.seconds = part("stage times", lambda: _seconds(run_dir, facts), [])
     facts.unfinished = part("state", lambda: _unfinished(run_dir, facts), None)
     facts.trees = part("trees", lambda: _trees(run_dir), [])
     facts.tables = part("confusions", lambda: _tables(run_dir / "confusions"), [])
@@ -131,9 +131,11 @@ def _settings(run_dir: Path, results: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _seconds(run_dir: Path, results: dict[str, Any]) -> list[tuple[str, float]]:
-    """Of the stages, in the order in which they run."""
-    found = {name: float(s) for name, s in results.get("seconds", {}).items()}
+def _seconds(run_dir: Path, facts: Facts) -> list[tuple[str, float]]:
+    """Of the finished stages, in the order in which they run."""
+    found = {name: float(s) for name, s in facts.results.get("seconds", {}).items()}
+    if "prepare" in facts.steps.seconds:  # the one without a folder among the stages
+        found.setdefault("prepare", facts.steps.seconds["prepare"])
     for file in (run_dir / "stages").glob("*/stage.json"):
         if not file.parent.name.endswith((".partial", ".old")):
             found.setdefault(file.parent.name, float(read_json(file)["seconds"]))

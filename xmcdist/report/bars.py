@@ -201,7 +201,7 @@ def columns(
         return ""
     y = Scale(0, max(*values, 1e-9) * 1.1 if top is None else top, height - 34, 24)
     room = (width - 52) / len(values)
-    thick = min(max(room * 0.62, room - 12), 56)
+    thick = min(max(room * 0.62, room - 12), 40)
     parts = [text(2, 11, unit, "t")]
     for tick in y.ticks(4):
         parts.append(mark("path", "grid", d=f"M42 {coordinate(y(tick))}H{coordinate(width - 10)}"))

@@ -10,12 +10,13 @@ from itertools import pairwise
 from xmcdist.report.html import number
 from xmcdist.report.svg import Scale, coordinate, mark, svg, text, tick_text
 
-__all__ = ["Boundary", "Curve", "curves"]
+__all__ = ["SMOOTH_FROM", "Boundary", "Curve", "curves"]
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 10, 26, 32
 _POINTS = 300  # of a curve, at most; more are averaged
 _HOVER = 48  # places that tell their values under the mouse
-_SMOOTH_FROM = 16  # points, from which a noisy curve gets a smooth one above it
+SMOOTH_FROM = 16
+"""Points from which a noisy curve is drawn pale, with a smooth one above it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,7 @@ def _levels(x: Scale, boundaries: Sequence[Boundary], height: float) -> list[str
 
 def _drawn(line: Curve, x: Scale, y: Scale, boundaries: Sequence[Boundary], smooth: bool) -> list[str]:
     parts = []
-    noisy = smooth and len(line.x) >= _SMOOTH_FROM
+    noisy = smooth and len(line.x) >= SMOOTH_FROM
     for points in _parts(line, boundaries):
         if len(points) > 1:
             parts.append(mark("path", f"line {line.cls}" + (" pale" if noisy else ""), d=_path(points, x, y)))

@@ -69,8 +69,8 @@ def _about(facts: Facts) -> str:
         rows.append(("Processes", f"{facts.results['world_size']:,}"))
     if facts.results.get("peak_memory_mb"):
         rows.append(("Peak memory a process", f"{number(facts.results['peak_memory_mb'] / 1024)} GiB"))
-    if facts.config.get("engine.precision") and not facts.linear_only:
-        rows.append(("Engine", f"{facts.config.get('engine.name', '')} {facts.config['engine.precision']}".strip()))
+    if facts.config.get("engine.name") and not facts.linear_only:
+        rows.append(("Engine", f"{facts.config['engine.name']} {facts.config.get('engine.precision', '')}".strip()))
     if facts.steps.last_time is not None and not facts.unfinished:
         rows.append(("Finished", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(facts.steps.last_time))))
     if facts.model:

@@ -25,7 +25,7 @@ def shorten(text: str, most: int) -> str:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number for a person: ``10,556``, ``0.0714``, ``1.7e-05``, ``3.2M``.
+    """A number for a person: ``10,556``, ``0.0714``, ``1.7e-5``, ``650k``, ``3.2M``.
 
     Args:
         value: any finite number; others are written as a dash.
@@ -36,9 +36,9 @@ def number(value: float, digits: int = 3) -> str:
     if value == 0:
         return "0"
     size = abs(value)
-    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if size >= unit:
-            return f"{value / unit:.{digits}g}{name}"
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= max(unit, 1e5):
+            return f"{float(f'{value / unit:.{digits}g}'):g}{name}"
     if size < 1e-3:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from xmcdist.report.bars import columns, frequency_curve, size_ridges
-from xmcdist.report.curves import Boundary, Curve, curves
+from xmcdist.report.curves import SMOOTH_FROM, Boundary, Curve, curves
 from xmcdist.report.facts import Facts, Frequency, Tree
 from xmcdist.report.html import duration, esc, number, percent, plural
 from xmcdist.report.layout import Box, grid
@@ -80,7 +80,8 @@ def _boundaries(facts: Facts) -> list[Boundary]:
 def _loss(facts: Facts, cuts: Sequence[Boundary]) -> Box:
     line = Curve("loss", *facts.steps.series("loss"))
     log = bool(line.y) and min(line.y) > 0 and max(line.y) > 5 * min(line.y)
-    note = "One step's loss (pale) and the moving mean" + (", on a logarithmic scale" if log else "")
+    note = "One step's loss (pale) and the moving mean" if len(line.x) >= SMOOTH_FROM else "Of one step"
+    note += ", on a logarithmic scale" if log else ""
 
     def draw(width: float) -> str:
         height = 250 if width > 500 else 210
@@ -102,12 +103,17 @@ def _recall(facts: Facts) -> Box:
 
 
 def _validation(facts: Facts, cuts: Sequence[Boundary]) -> Box:
-    some = facts.steps.validation
-    line = Curve("recall", [step for _, step, _ in some], [100 * v for *_, v in some], dots=True)
+    found = facts.steps.validation
+    names = [name for name in ("beam_recall", "P@1") if name in found]
+    lines = [
+        Curve(name.replace("_", " "), found[name][0], [100 * v for v in found[name][1]], cls, dots=True)
+        for name, cls in zip(names, "ab", strict=False)
+    ]
+    keys = " and ".join(f'<span class="key line {line.cls}">{esc(line.name)}</span>' for line in lines)
     return Box(
         "Validation",
-        "Beam recall on documents held out from training.",
-        lambda w: curves("Beam recall on held-out documents", [line], cuts, unit="%", log=False, width=w),
+        f"{keys} of a level's clusters, on documents held out from training.",
+        lambda w: curves("Measures on held-out documents", lines, cuts, unit="%", log=False, width=w),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 __all__ = ["StepMetrics", "read_steps"]
 
+_HELD_OUT = "validation_"
 _KEPT = 4000  # windows held at most; of more, every so many
 
 
@@ -22,14 +23,17 @@ class StepMetrics:
         windows: rows with ``loss``, each with ``global_step``, by rising step.
         starts: by level, the global step at which it begins.
         recall: by level, the share of true clusters that its finished beam holds.
-        validation: (level, global step, recall on held-out documents).
+        validation: by measure, such as ``beam_recall`` and ``P@1``: global steps and values, shares of 1,
+            on held-out documents.
+        seconds: of the stages that were told.
         last_time: seconds since 1970 of the last row, or None.
     """
 
     windows: list[dict[str, Any]] = field(default_factory=list)
     starts: dict[int, int] = field(default_factory=dict)
     recall: dict[int, float] = field(default_factory=dict)
-    validation: list[tuple[int, float, float]] = field(default_factory=list)
+    validation: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     last_time: float | None = None
 
     def series(self, key: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
@@ -50,11 +54,13 @@ def read_steps(path: Path) -> StepMetrics:
     count = sum(1 for row in _rows(path) if _is_window(row))
     stride = max(1, math.ceil(count / _KEPT))
     kept: dict[tuple[int, int], dict[str, Any]] = {}
-    evaluations: dict[tuple[int, int], float] = {}
+    evaluations: dict[tuple[int, int], dict[str, float]] = {}
     seen, last_step = 0, dict[int, int]()
     for row in _rows(path):
         if _finite(row.get("time")):
             found.last_time = float(row["time"])
+        if isinstance(row.get("stage"), str) and _finite(row.get("seconds")):
+            found.seconds[row["stage"]] = float(row["seconds"])
         level = row.get("level")
         if not isinstance(level, int):
             continue
@@ -63,8 +69,10 @@ def read_steps(path: Path) -> StepMetrics:
             last_step[level] = int(row["step"])
             if seen % stride == 0 or row["step"] == row.get("total"):
                 kept[level, int(row["step"])] = row
-        elif _finite(row.get("validation_beam_recall")):
-            evaluations[level, last_step.get(level, 0)] = float(row["validation_beam_recall"])
+        elif _finite(row.get(f"{_HELD_OUT}beam_recall")):
+            step = row["step"] if isinstance(row.get("step"), int) else last_step.get(level, 0)
+            measured = {k.removeprefix(_HELD_OUT): v for k, v in row.items() if k.startswith(_HELD_OUT) and _finite(v)}
+            evaluations[level, step] = measured
         elif _finite(row.get("beam_recall")):
             found.recall[level] = float(row["beam_recall"])
     before = 0
@@ -73,7 +81,11 @@ def read_steps(path: Path) -> StepMetrics:
         known = [row["global_step"] - step for step, row in taken if _finite(row.get("global_step"))]
         found.starts[level] = before = int(known[-1]) if known else before
         found.windows += [{**row, "global_step": before + step} for step, row in taken]
-        found.validation += [(t, before + step, v) for (t, step), v in sorted(evaluations.items()) if t == level]
+        for (t, step), measured in sorted(evaluations.items()):
+            for name, value in measured.items() if t == level else ():
+                steps, values = found.validation.setdefault(name, ([], []))
+                steps.append(before + step)
+                values.append(float(value))
         before += last_step[level]
     return found
 

@@ -101,7 +101,10 @@ def log_ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def tick_text(value: float) -> str:
-    """A tick in few characters: ``20k``, ``0.05``."""
+    """A tick in few characters: ``20k``, ``0.05``, ``1e-3``."""
     if 10_000 <= abs(value) < 1e6:
         return f"{value / 1000:g}k"
+    if 0 < abs(value) < 0.01:
+        mantissa, exponent = f"{value:.0e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
     return number(value)
