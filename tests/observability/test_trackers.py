@@ -69,6 +69,7 @@ def test_all_three_at_once_draw_one_curve_through_a_restart(tmp_path: Path, monk
     folder.mkdir()
     for steps in (range(1, 7), range(4, 10)):  # killed after 6, went on from a checkpoint at 3
         _run(folder, steps, "wandb", "tensorboard", "trackio")
+        assert int((folder / "wandb-step").read_text()) == steps[-1]  # what came later would be given again
     want = [(step, 1 / step) for step in range(1, 10)]
 
     board = EventAccumulator(str(folder / "tensorboard"))
@@ -117,6 +118,16 @@ def test_a_tracker_that_is_new_to_a_run_is_given_what_came_before(tmp_path: Path
     assert steps == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_a_tracker_that_may_have_lost_rows_is_given_those_again(tmp_path: Path) -> None:
+    _run(tmp_path, range(1, 9))
+    tracker = _Recorder()
+    tracker.lacks_after = 6
+    RunLog(tmp_path, World.single()).track(lambda: tracker, "it")
+    assert [step for kind, step, _ in tracker.seen if kind == "points"] == [7, 8]
+    assert [name for kind, _, name in tracker.seen if kind in ("histogram", "table")] == []  # of steps 0 and 6
+    assert ("facts", 8, {"test/P@1": 50.0, "test/head/P@1": 40.0}) in tracker.seen
+
+
 def test_trackio_asks_nobody_and_outlives_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process may open no socket, and Slurm's signals to a step do not end it."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -150,7 +161,8 @@ def test_trackio_asks_nobody_and_outlives_signals(tmp_path: Path, monkeypatch: p
 class _Recorder:
     """A tracker that remembers, and fails when told to."""
 
-    name, is_new, note = "recorder", True, "how it started"
+    name, note = "recorder", "how it started"
+    lacks_after: int | None = -1
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.seen: list[Any] = []

@@ -66,7 +66,7 @@ class RunLog:
         self.metrics({**place, "histogram": name, "edges": list(edges), "counts": list(counts)}, once=True)
 
     def track(self, open_one: Callable[[], Tracker], name: str) -> None:
-        """Add a tracker; one that is new to this run is first given the rows of before.
+        """Add a tracker; one that lacks rows of before is first given them.
 
         One that cannot be opened is told and left out, as one that fails later is: the run is
         worth more than its dashboard, and metrics.jsonl has everything.
@@ -81,10 +81,12 @@ class RunLog:
         if tracker.note is not None:
             self.warn(tracker.note)
         self.trackers.append(tracker)
-        if tracker.is_new:
+        if tracker.lacks_after is not None:
             step = 0
             for row in read_rows(self._curve.path):
                 step = max(step, int(row.get("global_step", 0)))
+                if row.get("global_step", step) <= tracker.lacks_after:
+                    continue
                 self._to_trackers(lambda t, _, row=row, step=step: tell(t, row, step), only=tracker)  # type: ignore[misc]
 
     def _to_trackers(self, call: Callable[[Tracker, int], None], only: Tracker | None = None) -> None:

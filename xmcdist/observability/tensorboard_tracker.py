@@ -22,10 +22,11 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        self.is_new = not any(folder.glob("events.*"))
+        is_new = not any(folder.glob("events.*"))
+        self.lacks_after = -1 if is_new else None
         writer: Any = SummaryWriter
         self._writer: Any = writer(str(folder))
-        if self.is_new:
+        if is_new:
             self._writer.add_text("config", "```json\n" + json.dumps(config, indent=1, default=str) + "\n```", 0)
             for part in hparams(_flat(config), {"test/P@1": 0.0, "train/loss": 0.0}):  # type: ignore[no-untyped-call]
                 self._writer.file_writer.add_summary(part)

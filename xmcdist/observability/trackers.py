@@ -28,13 +28,16 @@ class Tracker(Protocol):
 
     Attributes:
         name: as in ``tracker.use``.
-        is_new: it holds nothing of this run yet, so rows of before may be given to it.
+        lacks_after: ``global_step`` after which it may hold nothing, though metrics.jsonl does; -1:
+            it is new to this run; None: it holds all that it was given.
         note: what a person should know of how it started.
     """
 
     name: str
-    is_new: bool
     note: str | None
+
+    @property
+    def lacks_after(self) -> int | None: ...
 
     def points(self, step: int, values: Mapping[str, float]) -> None:
         """One point of each of some curves over ``global_step``."""

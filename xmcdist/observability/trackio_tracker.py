@@ -42,7 +42,7 @@ class TrackioTracker:
         Args:
             folder: of the database; `xmcdist board` shows it.
         """
-        self.is_new = not folder.exists()
+        self.lacks_after = None if folder.exists() else -1
         folder.mkdir(parents=True, exist_ok=True)
         env = local_environment(folder)
         package = str(Path(__file__).parents[2])  # where a checkout is run from without being installed

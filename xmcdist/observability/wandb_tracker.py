@@ -6,6 +6,7 @@ import importlib
 import netrc
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,6 +48,9 @@ class WandbTracker:
 
     Offline, every start writes a folder ``wandb/offline-run-<time>-<id>`` of its own; they share
     the id, and ``wandb sync`` sends them in order of time into one run.
+
+    wandb keeps rows in memory until there are many.  Where a kill took its process too, the next
+    start gives it again what came after the last orderly end; a row that it has is the same row.
     """
 
     name = "wandb"
@@ -54,9 +58,10 @@ class WandbTracker:
     def __init__(self, cfg: TrackerConfig, run_dir: Path, config: dict[str, Any]) -> None:
         """Start or go on; online without an answer of the server it goes offline and says so."""
         id_file = run_dir / "wandb-id"
-        self.is_new = not id_file.exists()
-        if self.is_new:
+        if not id_file.exists():
             id_file.write_text(uuid4().hex[:8])
+        self._told, self._step = run_dir / "wandb-step", -1  # of the last orderly end
+        self.lacks_after: int = int(self._told.read_text()) if self._told.exists() else -1
         self.note: str | None = None
         if cfg.mode == "online":
             try:
@@ -73,6 +78,7 @@ class WandbTracker:
         self.run.define_metric("*", step_metric="global_step")
 
     def points(self, step: int, values: Mapping[str, float]) -> None:
+        self._step = max(step, self._step)
         self.run.log({"global_step": step, **values}, step=step)
 
     def facts(self, step: int, values: Mapping[str, float]) -> None:
@@ -88,7 +94,13 @@ class WandbTracker:
         self.run.log({"global_step": step, name: shown}, step=step)
 
     def close(self, failed: bool = False) -> None:
-        self.run.finish(exit_code=int(failed))
+        try:
+            self.run.finish(exit_code=int(failed))
+        except Exception:
+            with suppress(Exception):  # its process is gone: it would say so again at exit, at length
+                _wandb().teardown()
+            raise
+        self._told.write_text(str(max(self._step, self.lacks_after, 0)))
 
 
 def _init(cfg: TrackerConfig, run_dir: Path, config: dict[str, Any], id_file: Path, mode: Any) -> Any:
