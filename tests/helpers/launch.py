@@ -24,21 +24,22 @@ def start(processes: int, *args: str, log: Path, module: str = "xmcdist", **vari
         env["ACCELERATE_USE_CPU"] = "true"
         command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
         command += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", str(_free_port()), "-m", module, *args]
+        command += ["--main_process_port", str(free_port()), "-m", module, *args]
     with open(log, "wb") as out:
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=ROOT)
 
 
-def start_node(processes: int, *args: str, log: Path, restarts: int = 0) -> subprocess.Popen[bytes]:
+def start_node(processes: int, *args: str, log: Path, restarts: int = 0, **variables: str) -> subprocess.Popen[bytes]:
     """Start ``xmcdist train <args>`` through launch/node.sh, as a node of a cluster does."""
     env = {
         k: v
         for k, v in os.environ.items()
         if not k.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "SLURM_"))
     }
-    env |= {"NPROC": str(processes), "MASTER_PORT": str(_free_port()), "XMCDIST_MAX_RESTARTS": str(restarts)}
+    env |= {"NPROC": str(processes), "MASTER_PORT": str(free_port()), "XMCDIST_MAX_RESTARTS": str(restarts)}
     env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
     env |= {"XMCDIST_VENV": str(ROOT / "no-venv"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env |= variables
     with open(log, "wb") as out:
         return subprocess.Popen(
             ["bash", "launch/node.sh", *args], stdout=out, stderr=subprocess.STDOUT, env=env, cwd=ROOT
@@ -114,7 +115,7 @@ def _family(pid: int) -> list[int]:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])

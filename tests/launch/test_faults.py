@@ -1,4 +1,4 @@
-"""One of four ranks dies, fails or hangs: the job ends with a clear word, or starts again by itself."""
+"""A rank or a node dies, fails or hangs: the job ends with a clear word, or starts again by itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.launch import finish, kill_all, launch, rank_pid, start, start_node, wait_until
+from tests.helpers.launch import finish, free_port, kill_all, launch, rank_pid, start, start_node, wait_until
 from tests.helpers.toy import TINY_RUN, write_text_folder
 
 ARGS = [*TINY_RUN, "matcher.steps=[10,60]", "checkpoint.every_steps=5", "evaluation.linear_baseline=false"]
@@ -107,3 +107,64 @@ def test_a_rank_that_fails_alone_ends_the_job_with_its_own_words(data: Path, fau
     assert text.count(said) == 1, text[-3000:]
     # A traceback is for our errors, not for a person's.
     assert ("xmcdist/pipelines/train.py" in text) is (fault == "error")
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("held", [False, True], ids=["interpreter free", "interpreter held"])
+def test_a_rank_whose_data_do_not_come_ends_the_job_and_says_what_it_read(data: Path, held: bool) -> None:
+    name = "stalled-held" if held else "stalled"
+    log = data.parent / f"{name}.log"
+    fault = {"module": "tests.helpers.broken_rank", "FAULT": "stall-held" if held else "stall"}
+    job = start(2, "train", *_args(data, name), "engine.data_timeout_s=3", log=log, **fault)
+    try:
+        code = job.wait(2 * ENDS_WITHIN_S)
+    finally:
+        kill_all(job)
+    text = log.read_text()
+    assert code != 0
+    if held:  # no Python runs in that rank any more: its stacks, and what it had told the others
+        stack = text.split("Timeout (0:00:13)!")[1]
+        assert "in _stalled" in stack
+        assert "in _micro_loss" in stack
+        assert "  rank 1: gone; it was last in data loading (level 1, step 2) since 1" in text
+        return
+    said = text.split("xmcdist: rank 1 on ")[1]
+    assert said.split(": ", 1)[1].startswith("level 1, step 2: its data have not come within 3 s. It was reading ")
+    assert f"{data.parent / name}/stages/tokens/tokens.trn/shard-00000.tokens.npy, or the candidates" in said
+    assert "raise engine.data_timeout_s" in said
+    assert "in _stalled\n" in said
+    assert "rank 0 on" not in text
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_the_head_nodes_launcher_is_killed_and_nothing_is_left_behind(data: Path) -> None:
+    args = (*_args(data, "headless"), "until=match")
+    logs = [data.parent / f"node-{i}.log" for i in range(2)]
+    port = str(free_port())
+    jobs = [
+        start_node(1, *args, log=logs[i], SLURM_NNODES="2", SLURM_NODEID=str(i), MASTER_PORT=port) for i in range(2)
+    ]
+    try:
+        wait_until(jobs[0], logs[0], lambda: _saved(data, "headless"))
+        ranks = [rank_pid(jobs[i], i) for i in range(2)]
+        jobs[0].kill()
+        deadline = time.monotonic() + ENDS_WITHIN_S
+        while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+            assert time.monotonic() < deadline, [log.read_text()[-2000:] for log in logs]
+            time.sleep(0.05)
+        assert jobs[1].wait(ENDS_WITHIN_S) != 0
+    finally:
+        for job in jobs:
+            kill_all(job)
+    assert (
+        f"the launcher of this machine (process {jobs[0].pid}) is gone. The same command goes on" in logs[0].read_text()
+    )
+    told = logs[1].read_text()
+    assert "xmcdist: rank 1" in told
+    assert "(rank 0, or its launcher) is gone" in told or "rank 0: gone" in told, told[-3000:]
+
+    again = data.parent / "again.log"
+    launch(1, "train", *args, log=again)
+    assert "match-2: going on at step" in again.read_text()
