@@ -116,7 +116,7 @@ def test_a_rank_whose_data_do_not_come_ends_the_job_and_says_what_it_read(data: 
     name = "stalled-held" if held else "stalled"
     log = data.parent / f"{name}.log"
     fault = {"module": "tests.helpers.broken_rank", "FAULT": "stall-held" if held else "stall"}
-    job = start(2, "train", *_args(data, name), "engine.data_timeout_s=3", log=log, **fault)
+    job = start(2, "train", *_args(data, name), log=log, **fault)
     try:
         code = job.wait(2 * ENDS_WITHIN_S)
     finally:
@@ -124,13 +124,13 @@ def test_a_rank_whose_data_do_not_come_ends_the_job_and_says_what_it_read(data: 
     text = log.read_text()
     assert code != 0
     if held:  # no Python runs in that rank any more: its stacks, and what it had told the others
-        stack = text.split("Timeout (0:00:13)!")[1]
+        stack = text.split("Timeout (0:00:12)!")[1]
         assert "in _stalled" in stack
         assert "in _micro_loss" in stack
         assert "  rank 1: gone; it was last in data loading (level 1, step 2) since 1" in text
         return
     said = text.split("xmcdist: rank 1 on ")[1]
-    assert said.split(": ", 1)[1].startswith("level 1, step 2: its data have not come within 3 s. It was reading ")
+    assert said.split(": ", 1)[1].startswith("level 1, step 2: its data have not come within 2 s. It was reading ")
     assert f"{data.parent / name}/stages/tokens/tokens.trn/shard-00000.tokens.npy, or the candidates" in said
     assert "raise engine.data_timeout_s" in said
     assert "in _stalled\n" in said
