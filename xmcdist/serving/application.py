@@ -20,9 +20,10 @@ import xmcdist
 from xmcdist.serving import messages
 from xmcdist.serving.batching import Batcher, Job
 from xmcdist.serving.faults import Fault, fault_response, http_fault, unforeseen
+from xmcdist.serving.folders import count_labels, name_of
 from xmcdist.serving.limits import Limits
 from xmcdist.serving.metrics import Metrics
-from xmcdist.serving.model import DEFAULT_K, Ask, ServedModel, count_labels, name_of
+from xmcdist.serving.model import DEFAULT_K, Ask, ServedModel
 from xmcdist.serving.watch import Watch
 
 __all__ = ["app"]
@@ -232,7 +233,7 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
         408: "The body did not arrive in time",
         413: "The body is too large",
         415: "The body is not declared as JSON",
-        422: "A field is wrong; `field` says which",
+        422: "A field is wrong; the error names it",
         500: "An error of the server's own",
         503: "Not ready yet, or too much is waiting; see Retry-After",
         504: "No answer in time",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Protocol, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, create_model
 
 from xmcdist.serving.faults import Fault
 from xmcdist.serving.limits import Limits
@@ -97,10 +97,18 @@ class Info(BaseModel):
     limits: dict[str, float]
 
 
+def _whole(value: Any) -> Any:
+    """5.0 is a whole number in JSON Schema, and some programs write all numbers so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_WHOLE = BeforeValidator(_whole)
+
+
 def asked_type(limits: Limits, num_labels: int) -> type[BaseModel]:
     """The model of a request, with the limits in it, so that OpenAPI tells them."""
     text = Annotated[str, StringConstraints(max_length=limits.max_characters)]
-    label = Annotated[int, Field(ge=0, le=max(num_labels - 1, 0))]
+    label = Annotated[int, Field(ge=0, le=max(num_labels - 1, 0)), _WHOLE]
     fields: dict[str, Any] = {
         "texts": (
             list[text],
@@ -112,16 +120,16 @@ def asked_type(limits: Limits, num_labels: int) -> type[BaseModel]:
             ),
         ),
         "k": (
-            Annotated[int, Field(ge=1, le=limits.max_k)] | None,
-            Field(None, description="labels a document; null: 5, or all of `labels`", examples=[5]),
+            Annotated[int, Field(ge=1, le=limits.max_k), _WHOLE] | None,
+            Field(None, description="labels a document; null: 5, or all of labels", examples=[5]),
         ),
         "beam": (
-            Annotated[int, Field(ge=1, le=limits.max_beam)] | None,
+            Annotated[int, Field(ge=1, le=limits.max_beam), _WHOLE] | None,
             Field(None, description="clusters kept a level; more is slower and finds more; null: as trained"),
         ),
         "labels": (
             Annotated[list[label], Field(min_length=1, max_length=limits.max_k)] | None,
-            Field(None, description="score these label ids and no others, however poor; `beam` is then nothing"),
+            Field(None, description="score these label ids and no others, however poor; beam is then nothing"),
         ),
     }
     config = ConfigDict(strict=True, extra="forbid", title="Asked")

@@ -7,19 +7,18 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from xmcdist.checkpoint.atomic import read_json
 from xmcdist.config.errors import UserError
 from xmcdist.inference.ensemble import Ensemble, open_model
 from xmcdist.inference.predictor import Prediction, Predictor, answers
+from xmcdist.serving.folders import folders_of, name_of
 
-__all__ = ["Ask", "Part", "ServedModel", "count_labels", "name_of"]
+__all__ = ["DEFAULT_K", "Ask", "Part", "ServedModel"]
 
 DEFAULT_K = 5
 _WARM_DOCS = 20  # as many as take the other of the search's two ways through its features
@@ -38,29 +37,6 @@ class Part(NamedTuple):
 
     texts: Sequence[str]
     ask: Ask
-
-
-def _folders(model: Any) -> list[str]:
-    return [str(model)] if isinstance(model, (str, Path)) else [str(path) for path in model]
-
-
-def name_of(model: Any) -> str:
-    """What a client is told the model is called: the last two parts of its path, several joined by ``+``."""
-    return "+".join("/".join(Path(path).absolute().parts[-2:]) for path in _folders(model))
-
-
-def count_labels(model: Any) -> int:
-    """Labels of a model folder, without opening it.
-
-    Raises:
-        UserError: there is no model folder.
-    """
-    if not isinstance(model, (str, Path, Sequence)) or not model:
-        raise UserError(f"model={model} is neither a folder nor a list of folders, model=[FOLDER,FOLDER]")
-    for path in map(Path, _folders(model)):
-        if not (path / "config.json").is_file():
-            raise UserError(f"{path} is no model folder: it has no config.json (a run keeps its model in RUN/model)")
-    return int(read_json(Path(_folders(model)[0]) / "config.json")["num_labels"])
 
 
 class _OneByOne:
@@ -92,7 +68,7 @@ class ServedModel:
     """
 
     def __init__(self, model: Any, ensemble: str | None, threads: int | None, exact: bool) -> None:
-        folders = _folders(model)
+        folders = folders_of(model)
         self.predictor: Predictor | Ensemble = open_model(folders[0] if len(folders) == 1 else folders, ensemble)
         if self.predictor.wants_features:
             raise UserError(
@@ -174,7 +150,7 @@ class ServedModel:
         trained = first.meta.get("versions", {}).get("xmcdist")
         return {
             "model": name_of(self._model),
-            "models": [name_of(path) for path in _folders(self._model)],
+            "models": [name_of(path) for path in folders_of(self._model)],
             "ensemble": (self.predictor.method if isinstance(self.predictor, Ensemble) else None),
             "labels": self.predictor.num_labels,
             "names_labels": self.predictor.names_labels,

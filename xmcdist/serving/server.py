@@ -21,6 +21,7 @@ from typing import Any
 
 from xmcdist.config.errors import ConfigError, UserError
 from xmcdist.config.schema import ServeConfig
+from xmcdist.serving.folders import count_labels
 from xmcdist.serving.limits import Limits
 
 __all__ = ["Started", "address_of", "check", "is_loopback", "limits_of", "listen", "run_server", "worker_app"]
@@ -66,9 +67,7 @@ def check(cfg: ServeConfig) -> None:
         faults.append(f"port={cfg.port} must be between 0 and 65535; 0 takes any that is free")
     if faults:
         raise ConfigError("\n".join(faults))
-    for folder in [cfg.model] if isinstance(cfg.model, str) else list(cfg.model):
-        if not Path(folder, "config.json").is_file():
-            raise UserError(f"{folder} is no model folder: it has no config.json (a run keeps its model in RUN/model)")
+    count_labels(cfg.model)
 
 
 def listen(host: str, port: int) -> socket.socket:
