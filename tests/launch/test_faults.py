@@ -14,7 +14,7 @@ from tests.helpers.launch import finish, free_port, kill_all, launch, rank_pid, 
 from tests.helpers.toy import TINY_RUN, write_text_folder
 
 ARGS = [*TINY_RUN, "matcher.steps=[10,60]", "checkpoint.every_steps=5", "evaluation.linear_baseline=false"]
-ENDS_WITHIN_S = 60
+ENDS_WITHIN_S = 240  # far more than it takes: for machines that are busy
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_rank_that_hangs_is_named_with_the_collective_it_never_came_to(data: P
     stopped = rank_pid(job, 1)
     os.kill(stopped, signal.SIGSTOP)  # neither dead nor alive: its connections stay open
     try:
-        code = job.wait(2 * ENDS_WITHIN_S)  # the launcher gives a rank half a minute to end
+        code = job.wait(ENDS_WITHIN_S)  # the launcher gives a rank half a minute to end
     finally:
         kill_all(job)
     text = log.read_text()
@@ -118,7 +118,7 @@ def test_a_rank_whose_data_do_not_come_ends_the_job_and_says_what_it_read(data: 
     fault = {"module": "tests.helpers.broken_rank", "FAULT": "stall-held" if held else "stall"}
     job = start(2, "train", *_args(data, name), log=log, **fault)
     try:
-        code = job.wait(2 * ENDS_WITHIN_S)
+        code = job.wait(ENDS_WITHIN_S)
     finally:
         kill_all(job)
     text = log.read_text()

@@ -27,7 +27,7 @@ from xmcdist.training import preemption
 from xmcdist.training.loop import train_level
 from xmcdist.training.preemption import Preempted
 
-ENDS_WITHIN_S = 90
+ENDS_WITHIN_S = 240  # far more than it takes: for machines that are busy
 
 
 @pytest.fixture(scope="module")
