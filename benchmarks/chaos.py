@@ -1,8 +1,8 @@
 """Kill training again and again, at random, in every stage; every run must end as if nothing had happened.
 
-    python benchmarks/chaos.py [--kills 42] [--seed 0] [--work DIR] [--out benchmarks/chaos.md]
+    python benchmarks/chaos.py [--kills 42] [--seed 0] [--launch fork|accelerate] [--work DIR] [--out page.md]
 
-A toy data set, a tiny encoder, real processes under ``accelerate launch``.  For each case the run
+A toy data set, a tiny encoder, real processes (see `chaos_jobs`).  For each case the run
 is first left alone, for its result and for how long each stage takes.  Then it is started in
 a new folder; at a random moment of a stage that is drawn so that all stages have their turn,
 either one random rank or everything gets SIGKILL; the same command is started again, and so on;
@@ -20,20 +20,20 @@ import os
 import platform
 import random
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.helpers.launch import kill_all, rank_pid, start  # noqa: E402
+from benchmarks.chaos_jobs import Forked, Job, Launched, preload  # noqa: E402
 from tests.helpers.toy import TINY_RUN, write_text_folder  # noqa: E402
 
 ENCODER = [
@@ -69,6 +69,8 @@ class Case:
     wall_s: float = 0.0
     faults: list[str] = field(default_factory=list)
 
+    job: ClassVar[Callable[[int, list[str], Path], Job]] = Launched
+
     def metrics(self, run: Path) -> dict[str, float]:
         """Of a run that has ended."""
         said = json.loads((run / "results.json").read_text())
@@ -80,9 +82,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=42)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--launch", choices=("fork", "accelerate"), default="fork")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
+    if asked.launch == "fork":
+        preload()
+        Case.job = Forked
     work = asked.work or Path(tempfile.mkdtemp(prefix="chaos-"))
     rng = random.Random(asked.seed)
     data = work / "data"
@@ -102,12 +108,13 @@ def main() -> None:
         if asked.out is not None:
             asked.out.write_text(_page(cases, asked))
     print(_page(cases, asked))
+    sys.stdout.flush()
     sys.exit(1 if any(case.faults for case in cases) else 0)
 
 
-def _start(case: Case, run: Path, data: Path, log: Path) -> subprocess.Popen[bytes]:
+def _start(case: Case, run: Path, data: Path, log: Path) -> Job:
     case.starts += 1
-    return start(case.processes, "train", f"dataset.path={data}", f"run_dir={run}", *case.args, log=log)
+    return Case.job(case.processes, ["train", f"dataset.path={data}", f"run_dir={run}", *case.args], log)
 
 
 def _alone(case: Case, work: Path, data: Path, number: int) -> None:
@@ -117,7 +124,9 @@ def _alone(case: Case, work: Path, data: Path, number: int) -> None:
     case.starts = 0
     assert code == 0, log.read_text()[-3000:]
     case.alone_s = time.monotonic() - began
-    case.seconds = json.loads((run / "results.json").read_text())["seconds"]
+    seconds = json.loads((run / "results.json").read_text())["seconds"]
+    order = sorted(seconds.keys() - {"prepare"}, key=lambda s: (run / "stages" / s / "stage.json").stat().st_mtime)
+    case.seconds = {s: seconds[s] for s in ["prepare", *order]}
     case.results = case.metrics(run)
     _say(f"{case.name}: undisturbed in {case.alone_s:.0f} s, {len(case.seconds)} stages")
 
@@ -129,6 +138,9 @@ def _disturbed(case: Case, work: Path, data: Path, rng: random.Random, kills: in
     run, before = work / name, sum(case.kills.values())
     order = list(case.seconds)
     for number, target in enumerate(sorted(_deal(case, rng, kills), key=order.index)):
+        if (run / "stages" / target).exists():  # the kill before came late
+            case.deck.append(target)
+            continue
         log = work / f"{name}-{number}.log"
         began = time.monotonic()
         job = _start(case, run, data, log)
@@ -137,7 +149,7 @@ def _disturbed(case: Case, work: Path, data: Path, rng: random.Random, kills: in
         text = log.read_text(errors="replace")
         case.went_on += "skipped" in text or "going on" in text
         if not killed:
-            if job.returncode != 0:
+            if job.poll() != 0:
                 case.faults.append(f"{name}: start {number} failed by itself: {text[-1500:]}")
             break
     log = work / f"{name}-last.log"
@@ -164,7 +176,7 @@ def _deal(case: Case, rng: random.Random, kills: int) -> list[str]:
     return dealt
 
 
-def _kill_in(case: Case, job: subprocess.Popen[bytes], run: Path, target: str, rng: random.Random) -> bool:
+def _kill_in(case: Case, job: Job, run: Path, target: str, rng: random.Random) -> bool:
     """Kill at a random moment of a stage, its commit included; False: the job ended before."""
     place, partial = run / "stages" / target, run / "stages" / f"{target}.partial"
     in_commit = rng.random() < 0.2
@@ -188,18 +200,16 @@ def _kill_in(case: Case, job: subprocess.Popen[bytes], run: Path, target: str, r
         return False
     hit = _where(run)
     if everything:
-        kill_all(job)
+        job.kill()
     else:
-        try:
-            os.kill(rank_pid(job, rank), signal.SIGKILL)
-        except (AssertionError, ProcessLookupError):  # it has just ended
+        if not job.kill_rank(rank):
             job.wait()
             return False
         try:
             job.wait(ENDS_WITHIN_S)
         except subprocess.TimeoutExpired:
             case.faults.append(f"{run.name}: still running {ENDS_WITHIN_S} s after rank {rank} was killed in {hit}")
-            kill_all(job)
+            job.kill()
     case.kills[hit] += 1
     case.whole += everything
     _say(f"  killed {'everything' if everything else f'rank {rank} of {case.processes}'} in {hit}")
@@ -257,7 +267,8 @@ def _page(cases: list[Case], asked: argparse.Namespace) -> str:
         f"{datetime.date.today()}; {os.cpu_count()} cores ({model}), shared with other work; Python "
         f"{platform.python_version()}, torch {torch.__version__}, gloo. Made by:",
         "",
-        f"    python benchmarks/chaos.py --kills {asked.kills} --seed {asked.seed} --out benchmarks/chaos.md",
+        f"    python benchmarks/chaos.py --kills {asked.kills} --seed {asked.seed} --launch {asked.launch} "
+        "--out benchmarks/chaos.md",
         "",
         "Settings: encoder: " + shlex.join(ENCODER) + "; linear only: " + shlex.join(LINEAR) + ".",
         "",
@@ -280,8 +291,14 @@ def _page(cases: list[Case], asked: argparse.Namespace) -> str:
         )
     lines += [
         "",
-        "A kill costs the start of the processes (imports, about half of it here), the work since the last commit or "
-        "checkpoint, and, where one rank was killed, the time until the launcher has ended the others.",
+        "A kill costs the start of the processes, the work since the last commit or checkpoint, and, where one rank "
+        "was killed, the time until the others have ended. "
+        + (
+            "Ranks were forked from a process that had imported everything: under `accelerate launch` the imports of "
+            "launcher and ranks come on top."
+            if asked.launch == "fork"
+            else "Ranks were started by `accelerate launch`."
+        ),
         "",
         "| killed in | " + " | ".join(c.name for c in cases) + " |",
         "|---|" + "---|" * len(cases),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,3 +119,58 @@ def test_replacing_a_folder_leaves_nothing_else(tmp_path: Path) -> None:
     replace_folder(tmp_path / "new", tmp_path / "place")
     assert [p.name for p in tmp_path.iterdir()] == ["place"]
     assert (tmp_path / "place" / "f").read_text() == "new"
+
+
+def test_what_a_killed_run_of_more_ranks_left_unfinished_is_no_part_of_the_stage(tmp_path: Path) -> None:
+    def dies(folder: Path) -> None:
+        for name in ("a.part-00002.npy", "b.json.tmp", "label_embedding/part-00002/dense.npy", "state"):
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            (folder / name).touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _store(tmp_path).run("a", {"x": 1}, dies)
+    place = _store(tmp_path).run("a", {"x": 1}, _writes("one", []))
+    assert {str(p.relative_to(place)) for p in place.rglob("*") if p.is_file()} == {"out.txt", "stage.json", "state"}
+
+
+def test_a_run_that_may_not_write_any_more_commits_nothing(tmp_path: Path) -> None:
+    robbed: list[bool] = []
+
+    def guard() -> None:
+        if robbed:
+            raise UserError("robbed")
+
+    store = StageStore(tmp_path, World.single(), lambda _: None, guard=guard)
+    store.run("a", {}, _writes("one", []))
+    with pytest.raises(UserError, match="robbed"):
+        store.run("b", {}, lambda folder: robbed.append(True))
+    assert [p.name for p in (tmp_path / "stages").iterdir() if not p.name.endswith(".partial")] == ["a"]
+
+
+def test_all_of_a_stage_is_on_the_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    sync, rename = os.fsync, os.replace
+
+    def synced(fd: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{fd}"))
+        sync(fd)
+
+    def renamed(a: Path, b: Path) -> None:
+        done.append(f"rename {b}")
+        rename(a, b)
+
+    def body(folder: Path) -> None:
+        (folder / "sub").mkdir()
+        for name in ("x", "sub/y"):
+            (folder / name).write_text(name)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    place = _store(tmp_path).run("a", {}, body)
+    before = done[: done.index(f"rename {place}")]
+    partial = f"{place}.partial"
+    note = before.index(f"rename {partial}/stage.json")
+    assert {f"{partial}/x", f"{partial}/sub/y", f"{partial}/sub", partial} <= set(before[:note])
+    assert partial in before[note:]
+    assert str(place.parent) in done[done.index(f"rename {place}") :]
