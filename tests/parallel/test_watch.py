@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import time
 from collections.abc import Iterator
 
@@ -24,8 +26,8 @@ def store() -> Iterator[dist.HashStore]:
     watch.stop()
 
 
-def _says(store: dist.HashStore, rank: int, number: int, beat: int = 1) -> None:
-    line = {"n": number, "op": "all_reduce.sum", "inside": False, "t": time.time(), "beat": beat}
+def _says(store: dist.HashStore, rank: int, number: int, beat: int = 1, **more: object) -> None:
+    line = {"n": number, "op": "all_reduce.sum", "inside": False, "t": time.time(), "beat": beat} | more
     store.set(f"beat/{rank}", json.dumps(line))
 
 
@@ -54,6 +56,33 @@ def test_a_failure_names_who_is_gone_who_is_late_and_who_never_came(
     assert "rank 3: never heard of" in text
     assert "rank 1" not in text
     assert text.endswith("the backend says: [gloo/tcp.cc] Timed out")
+
+
+def test_who_is_gone_is_known_while_nothing_fails(store: dist.HashStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_GONE_AFTER_S", 0.05)
+    monkeypatch.setattr(watch, "_SURELY_GONE_AFTER_S", 0.4)
+    here = _told(store)["host"]
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for rank, host, pid in ((0, here, os.getpid()), (2, here, dead.pid), (3, "elsewhere", dead.pid)):
+        _says(store, rank, number=1, host=host, pid=pid)
+    assert watch.gone() == ""  # all have just spoken
+    time.sleep(0.1)
+    assert watch.gone().startswith("rank 2 is gone; it was last past #1 all_reduce.sum since 0 s")
+    assert "rank 3" not in watch.gone()
+    time.sleep(0.5)
+    assert "rank 3 is gone" in watch.gone()
+    assert "rank 0 is gone" in watch.gone()
+    _says(store, 0, number=1, beat=2, host=here, pid=os.getpid())
+    assert "rank 0" not in watch.gone()
+
+
+def test_what_a_rank_reads_is_told(store: dist.HashStore) -> None:
+    with watch.reading("level 1, step 7", lambda: "a file", 60):
+        line = _told(store)
+        assert line["reading"] == "level 1, step 7"
+        assert watch._where(line).startswith("in data loading (level 1, step 7) since 0 s, on ")
+    assert "reading" not in _told(store)
 
 
 def test_a_fault_inside_is_told_once_and_other_errors_pass_through(store: dist.HashStore) -> None:

@@ -31,7 +31,7 @@ __all__ = ["CollectiveError", "Watch", "collective", "gone", "reading", "start",
 _BEAT_S = 1.0
 _MOSTLY_WORK = ("backward", "checkpoint")  # their time is no time in collectives; what they call is counted
 _GONE_AFTER_S = 3.5  # without a word; a rank may miss a beat while compiled code holds the interpreter
-_SURELY_GONE_AFTER_S = 15.0
+_SURELY_GONE_AFTER_S = 60.0
 _NEIGHBOURS = 32  # ranks that one looks after: asking for all of a thousand would flood the store
 _OTHERS_SPEAK_S = 10.0  # the thread that trains has more to say when the store is gone, if it can
 _WITHOUT_INTERPRETER_S = 10.0  # a page that does not come may hold the interpreter, and the thread with it
@@ -96,7 +96,7 @@ class Watch:
             return
         self._beat += 1
         line = {"n": _place.number, "op": _place.op, "inside": _place.inside, "t": _place.since, "beat": self._beat}
-        line["host"] = self._host
+        line |= {"host": self._host, "pid": os.getpid()}
         if _place.reading is not None:
             line |= {"reading": _place.reading.what, "t": _place.reading.since}
         self.store.set(f"beat/{self.rank}", json.dumps(line))
@@ -139,18 +139,21 @@ class Watch:
         self._thread.join(timeout=5)
 
     def gone(self) -> str:
-        """Which of the next ranks have said nothing for long; "" if none; to be asked again and again."""
+        """Which of the next ranks are gone, in words; "" if none; to be asked again and again."""
         next_ones = [(self.rank + k) % self.world_size for k in range(1, min(self.world_size, _NEIGHBOURS + 1))]
         try:
-            heard = {r: json.loads(self.store.get(f"beat/{r}"))["beat"] for r in next_ones}
+            heard = {r: json.loads(self.store.get(f"beat/{r}")) for r in next_ones}
         except Exception:
             return _NO_STORE
-        now = time.monotonic()
-        for r, beat in heard.items():
-            if r not in self._moved or self._moved[r][0] != beat:
-                self._moved[r] = (beat, now)
-        silent = [r for r in next_ones if now - self._moved[r][1] > _SURELY_GONE_AFTER_S]
-        return f"rank {', '.join(map(str, silent))} said nothing for {_SURELY_GONE_AFTER_S:.0f} s" if silent else ""
+        now, silent = time.monotonic(), []
+        for r, line in heard.items():
+            if r not in self._moved or self._moved[r][0] != line["beat"]:
+                self._moved[r] = (line["beat"], now)
+            # One of this machine is known to be dead; of another, silence is all there is to go by.
+            dead = line.get("host") == self._host and not _is_process(line["pid"])
+            if now - self._moved[r][1] > (_GONE_AFTER_S if dead else _SURELY_GONE_AFTER_S):
+                silent.append(f"rank {r} is gone; it was last {_where(line)}")
+        return "; ".join(silent)
 
     def lines(self) -> list[dict[str, Any] | None]:
         """What every rank said last; None of one that has said nothing."""
@@ -189,6 +192,16 @@ def _where(line: dict[str, Any]) -> str:
     return f"{verb} #{line['n']} {line['op']} {since}"
 
 
+def _is_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def start(store: Any, rank: int, world_size: int, launcher: int | None = None) -> None:
     """Let this rank be watched, until `stop`; arguments as of `Watch`."""
     global _watch
@@ -197,7 +210,7 @@ def start(store: Any, rank: int, world_size: int, launcher: int | None = None) -
 
 
 def gone() -> str:
-    """Which ranks have said nothing for long; "" if none, or if nobody watches."""
+    """Which ranks are gone, in words; "" if none is, or if nobody watches."""
     return _watch.gone() if _watch is not None and _watch.store is not None else ""
 
 
