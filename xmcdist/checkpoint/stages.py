@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -156,6 +158,8 @@ class StageStore:
 
     def _finished(self, place: Path, partial: Path, mark: str) -> dict[str, Any] | None:
         """What ``stage.json`` says of a stage that is done and whole; a damaged one is put aside."""
+        with suppress(OSError):
+            os.listdir(place.parent)  # NFS may remember that a stage of another node's was not there
         old = place.with_name(place.name + ".old")
         if _noted(partial, _STAGE, "fingerprint") == mark and self._damage(partial) is None:
             _commit(partial, place)  # killed within a commit
