@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from xmcdist.planning.job import Job, MatchLevel
 from xmcdist.planning.traffic import step_traffic
 
-__all__ = ["StageTime", "StepTime", "stage_times", "step_time"]
+__all__ = ["StageTime", "StepTime", "ranker_seconds", "stage_times", "step_time"]
 
 # Seconds of one core; see the module's text.
 TFIDF_VALUE_S = 1.2e-6  # a stored value, read from text twice
 KMEANS_VALUE_S = 2.5e-9  # a stored value of the label embeddings, an iteration and a halving
 KMEANS_ITERATIONS = 8  # of a halving until no label moves
-RANKER_VALUE_S = 2.0e-9  # a value of a cluster's documents, a node
+RANKER_VALUE_S = 2.0e-9  # a stored value of a cluster's documents, a node
+RANKER_DOCUMENT = 25.0  # stored values that a document costs beside its own
+RANKER_DENSE = 0.45  # of a stored value: a dense one
 TOKEN_S = 4e-6  # a token, tokenised
+CANDIDATE_S = 50e-9  # a candidate found, drawn and kept: 42 to 70 ns measured on one core, 256 and 2048 documents
+_CACHE, _SLOWEST = 1 << 24, 5.0  # as `xmcdist.rankers.partition` weighs clusters beyond the cache
 _LATENCY_S = 20e-6  # of a collective
 _HIDDEN = 0.5  # of the encoder's time that its gradients' reduction overlaps with
 _HOST_BANDWIDTH = 10e9  # bytes a second to a core's memory
@@ -29,9 +33,11 @@ _HOST_BANDWIDTH = 10e9  # bytes a second to a core's memory
 class StepTime:
     """Seconds of one optimizer step on the busiest rank.
 
-    ``reduction`` is what the engine's traffic adds beyond what backward hides.
+    ``reduction`` is what the engine's traffic and the replicas' rows add beyond what backward
+    hides, ``candidates`` what the host takes to find the candidates of its replica's documents.
     """
 
+    candidates: float
     encoder: float
     head: float
     gather: float
@@ -41,7 +47,7 @@ class StepTime:
     @property
     def total(self) -> float:
         """All of it."""
-        return self.encoder + self.head + self.gather + self.reduction + self.optimizer
+        return self.candidates + self.encoder + self.head + self.gather + self.reduction + self.optimizer
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,18 @@ def step_time(job: Job, level: MatchLevel) -> StepTime:
     encoder = e.training_flops(job.local_batch, job.length, checkpointing=job.cfg.encoder.gradient_checkpointing) / rate
     head = _head_seconds(job, level, e.hidden)
     traffic = step_traffic(job, level)
-    link = m.link if job.shards <= m.per_node else m.network
-    gather = (traffic.gather + traffic.scatter) / link if link else 0.0
+    across = min(m.link, m.network * m.per_node)  # rings use every port of a node, and cross it once a round
+    gather = (traffic.gather + traffic.scatter) / (m.link if job.shards <= m.per_node else across)
     waits = 0 if job.ranks == 1 else 2 * len(job.micro_steps) + 2
-    outer = m.link if job.ranks <= m.per_node else m.network
-    sent = (traffic.engine + traffic.replicas) / outer if job.ranks > 1 else 0.0
-    reduction = max(0.0, sent - _HIDDEN * encoder)
+    hidden = _HIDDEN * encoder
+    reduction = max(0.0, traffic.engine / (m.link if job.ranks <= m.per_node else across) - hidden)
+    if job.replicas > 1:  # ranks with the same rows are on different nodes, those of one node send side by side
+        beside = max(m.per_node / job.shards, 1.0)
+        reduction += traffic.replicas / (m.link if job.ranks <= m.per_node else min(m.link, m.network * beside))
     state = e.trained_parameters / (job.ranks if job.cfg.engine.name not in ("cpu", "ddp") else 1)
     moved = 28.0 * (state + level.rows * (e.hidden + 1))  # reads of 4 arrays, writes of 3, float32
-    return StepTime(encoder, head, gather + waits * _LATENCY_S, reduction, moved / _bandwidth(job))
+    found = job.cfg.engine.global_batch / job.replicas * level.candidates * CANDIDATE_S
+    return StepTime(found, encoder, head, gather + waits * _LATENCY_S, reduction, moved / _bandwidth(job))
 
 
 def _bandwidth(job: Job) -> float:
@@ -93,7 +102,7 @@ def stage_times(job: Job) -> list[StageTime]:
     out = [StageTime("features", c.feature_values * TFIDF_VALUE_S / cores)]
     out.append(StageTime("tree", _kmeans(job, 0) / cores))
     if job.encoder is None or (job.cfg.evaluation.linear_baseline and c.test_documents):
-        out.append(StageTime("linear", _rankers(job, job.tree, 0) / cores))
+        out.append(StageTime("linear", ranker_seconds(job, job.tree, 0) / cores))
     e = job.encoder
     if e is None:
         return out
@@ -109,7 +118,7 @@ def stage_times(job: Job) -> list[StageTime]:
     out.append(StageTime("embed", embed / rate, embed))
     dense = e.hidden if job.cfg.ranker.features != "sparse" else 0
     out.append(StageTime("ranker_tree", _kmeans(job, dense) / cores))
-    out.append(StageTime("rank", _rankers(job, job.ranker_tree, dense) / cores))
+    out.append(StageTime("rank", ranker_seconds(job, job.ranker_tree, dense) / cores))
     return out
 
 
@@ -123,7 +132,7 @@ def _kmeans(job: Job, dense: int) -> float:
     return values * depth * KMEANS_ITERATIONS * KMEANS_VALUE_S
 
 
-def _rankers(job: Job, sizes: list[int], dense: int) -> float:
+def ranker_seconds(job: Job, sizes: list[int], dense: int) -> float:
     """Values of every cluster's documents times its children, over all levels."""
     c, r, above, work = job.counts, job.cfg.ranker, 1, 0.0
     sparse = 0.0 if r.features == "dense" and dense else c.values_per_document
@@ -131,6 +140,10 @@ def _rankers(job: Job, sizes: list[int], dense: int) -> float:
         parents = job.true_nodes(above)
         if t > 1 and "man" in r.negatives[min(t, len(r.negatives)) - 1]:
             parents += r.beam
-        work += c.documents * min(parents, above) * (sparse + dense + 1) * nodes / above
+        a_document = sparse + RANKER_DENSE * dense + RANKER_DOCUMENT
+        members = c.documents * min(parents, above)
+        in_memory = members / above * (8 * sparse + 4 * dense)  # bytes of a cluster's documents
+        slow = min(1.0 + in_memory / _CACHE, _SLOWEST)
+        work += members * a_document * slow * nodes / above
         above = nodes
     return work * RANKER_VALUE_S
