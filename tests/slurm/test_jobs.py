@@ -18,6 +18,8 @@ import pytest
 
 from tests.slurm.cluster import LINEAR, SHIPPED, TWO_BY_TWO, Job, removed_afterwards, run, submit
 
+WANDB_INSPECT = ("python", "-m", "wandb", "leet", "inspect", "--json")
+
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
@@ -74,9 +76,13 @@ def _one_curve(job: Job) -> None:
     assert len({run_id for _, _, run_id in rows}) == 1
     assert [step for step, metrics, _ in rows if "train/loss" in json.loads(metrics)] == steps
 
-    starts = [p.name for p in (job.run_dir / "wandb").glob("offline-run-*")]
+    starts = sorted((job.run_dir / "wandb").glob("offline-run-*"))
     assert len(starts) == 2
-    assert {name.split("-")[-1] for name in starts} == {(job.run_dir / "wandb-id").read_text()}
+    assert {place.name.split("-")[-1] for place in starts} == {(job.run_dir / "wandb-id").read_text()}
+    # A pre-emption ends wandb's own process, too; what it had not written is given to it again.
+    records = [json.loads(line) for p in starts for line in run(*WANDB_INSPECT, str(p)).splitlines()]
+    points = [record["history"]["item"] for record in records if record["type"] == "history"]
+    assert {point["_step"] for point in points if "train/loss" in point} == set(steps)
 
 
 def _saved_by(job: Job, signal: str) -> None:
