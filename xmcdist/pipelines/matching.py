@@ -168,7 +168,7 @@ class _Level:
         )
         done = 0 if resume is None else int(resume["step"])
         self.told = LevelLog(run, self.engine(), t, encoder, decide_precision(run), done)
-        self.left_out_steps = int(resume["extra"]["skipped"]) if resume is not None else 0
+        self.left_out_steps = int(resume["extra"].get("skipped", 0)) if resume is not None else 0
         try:
             with run.log.progress(f"level {t}", steps) as self.tick:
                 result = train_level(self.engine(), encoder, head, task, self, resume)

@@ -146,7 +146,7 @@ class _State:
         load_moments(self.head_optimizer, self.head, rows)
         self.step, self.best = int(saved["step"]), -math.inf if extra["best"] is None else float(extra["best"])
         self.best_step, self.bad = int(extra["best_step"]), int(extra["bad"])
-        self.skips = Skips(int(extra["skipped"]), int(extra["skipped_in_a_row"]))
+        self.skips = Skips(int(extra.get("skipped", 0)), int(extra.get("skipped_in_a_row", 0)))
         if extra["samples"] != self.samples:
             raise UserError(
                 f"the checkpoint at step {self.step} has seen {extra['samples']} documents, where this run would have "
