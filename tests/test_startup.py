@@ -32,7 +32,7 @@ def test_a_word_that_starts_nothing_imports_nothing(word: str) -> None:
     assert not found & (_HEAVY | {"hydra"})
 
 
-@pytest.mark.parametrize("command", ["train", "predict", "tree"])
+@pytest.mark.parametrize("command", ["train", "predict", "serve", "tree"])
 def test_help_of_a_command_imports_nothing_heavy(command: str) -> None:
     found = _imported(f"import sys; sys.argv = ['xmcdist', '{command}', '-h']; import xmcdist.__main__ as m; m.main()")
     assert "hydra" in found

@@ -37,6 +37,7 @@ def test_help_of_everything() -> None:
         ("train", "matcher"),
         ("predict", "text_column"),
         ("evaluate", "model"),
+        ("serve", "max_batch"),
         ("calibrate", "split"),
         ("import-pecos", "label_frequency"),
         ("tree", "cluster"),
