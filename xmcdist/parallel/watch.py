@@ -142,7 +142,9 @@ class Watch:
         """Which of the next ranks are gone, in words; "" if none; to be asked again and again."""
         next_ones = [(self.rank + k) % self.world_size for k in range(1, min(self.world_size, _NEIGHBOURS + 1))]
         try:
-            heard = {r: json.loads(self.store.get(f"beat/{r}")) for r in next_ones}
+            # To ask for a key that is not there yet would wait for it, and keep the thread that tells waiting, too.
+            spoken = [r for r in next_ones if self.store.check([f"beat/{r}"])]
+            heard = {r: json.loads(self.store.get(f"beat/{r}")) for r in spoken}
         except Exception:
             return _NO_STORE
         now, silent = time.monotonic(), []
