@@ -34,6 +34,7 @@ _GONE_AFTER_S = 3.5  # without a word; a rank may miss a beat while compiled cod
 _SURELY_GONE_AFTER_S = 60.0
 _NEIGHBOURS = 32  # ranks that one looks after: asking for all of a thousand would flood the store
 _OTHERS_SPEAK_S = 10.0  # the thread that trains has more to say when the store is gone, if it can
+_FRAMES = 8  # of a stack, the innermost
 _WITHOUT_INTERPRETER_S = 10.0  # a page that does not come may hold the interpreter, and the thread with it
 
 
@@ -119,7 +120,7 @@ class Watch:
         if at is None or time.time() - at.since < at.limit_s:
             return
         stack = sys._current_frames().get(threading.main_thread().ident or 0)
-        lines = "".join(traceback.format_stack(stack)) if stack is not None else ""
+        lines = "".join(traceback.format_stack(stack, limit=_FRAMES)) if stack is not None else ""
         self._leave(
             f"{at.what}: its data have not come within {at.limit_s:g} s. It was reading {at.files()}. See whether "
             f"that disk or network folder answers on {self._host}, then start the same command again, which goes on "
