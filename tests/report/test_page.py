@@ -156,6 +156,7 @@ def test_samples_are_what_the_model_answers(finished: Path) -> None:
     assert not left_out
     assert [s.picked for s in facts.samples[:6]] == ["random"] * 6
     assert any(s.picked == "wrong" for s in facts.samples)
+    assert len(facts.samples) == 10
     for sample in facts.samples:
         true = set(Y[sample.document].indices.tolist())
         answers = model.predict([prepared.texts("tst")[sample.document]], k=5)[0]
@@ -223,7 +224,7 @@ def test_what_cannot_be_read_is_left_out_and_named(copy: Path) -> None:
     path, left_out = report.write_report(copy)
     page = Page(path.read_text(encoding="utf-8"))
     _check_whole(page)
-    assert [note.split(" (")[0] for note in left_out] == ["results", "label frequencies", "sample documents"]
+    assert [note.split(" (")[0] for note in left_out] == ["results", "the model's answers", "label frequencies"]
     assert "Quality" not in page.headings
     assert "Training" in page.headings
 

@@ -92,7 +92,7 @@ class Facts:
         samples: test documents.
         candidates: test documents that ``samples`` were chosen from.
         model: the model folder, or None.
-        reads: what the model is asked with: ``text``, ``features`` or ``both``.
+        reads: what the model is asked with: ``text``, ``features`` or ``both``; None: it could not be opened.
     """
 
     run_dir: str
@@ -110,7 +110,7 @@ class Facts:
     samples: list[Sample] = field(default_factory=list)
     candidates: int = 0
     model: str | None = None
-    reads: str = "text"
+    reads: str | None = None
 
     @property
     def metrics(self) -> dict[str, float]:

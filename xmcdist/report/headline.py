@@ -80,7 +80,7 @@ def _about(facts: Facts) -> str:
 
 
 def _use(facts: Facts) -> str:
-    if not facts.model:
+    if not facts.model or facts.reads is None:
         return ""
     example = next((shorten(s.text, _EXAMPLE).rstrip("…") for s in facts.samples if s.text), "a text")
     asked = {"text": f"[{example!r}]", "features": "None, features=X", "both": f"[{example!r}], features=X"}[
