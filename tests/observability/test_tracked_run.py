@@ -87,7 +87,7 @@ def test_a_resumed_run_has_one_curve_and_all_of_it(tmp_path: Path, monkeypatch: 
     assert {row["stage"] for row in rows if "ranker_cpu_s" in row} >= {"linear-1", "rank-1"}
     (final,) = [row for row in rows if "test" in row]
     assert final["test"] == results["metrics"]
-    assert final["linear_only"] == results["baseline"]
+    assert final["test_linear_only"] == results["baseline"]
     assert "head/P@1" in final["test"]
 
     drawn = _scalars(run / "tensorboard")

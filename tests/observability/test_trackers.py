@@ -79,11 +79,11 @@ def test_all_three_at_once_draw_one_curve_through_a_restart(tmp_path: Path, monk
     assert [v for _, v in got] == pytest.approx([v for _, v in want])
     assert [e.step for e in board.Scalars("loss/level-1")] == list(range(1, 10))
     assert board.Scalars("test/head/P@1")[-1].value == 40
-    assert board.Scalars("seconds/tree")[0].value == 1.5
+    assert board.Scalars("stages/tree/seconds")[0].value == 1.5
     texts = {tag: board.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in board.Tags()["tensors"]}
     assert "tea \\| pot" in texts["hardest_clusters/level-1/text_summary"]
     assert '"nr_splits": 16' in texts["config/text_summary"]
-    histogram = board.Histograms("histograms/label_frequency")
+    histogram = board.Histograms("shapes/label_frequency")
     assert len(histogram) == 1
     assert histogram[0].histogram_value.bucket == [3, 4, 1]
     assert histogram[0].histogram_value.bucket_limit == [1, 2, 4]
@@ -94,7 +94,7 @@ def test_all_three_at_once_draw_one_curve_through_a_restart(tmp_path: Path, monk
     tables = [row["hardest_clusters/level-1"] for _, row in rows if "hardest_clusters/level-1" in row]
     assert len(tables) == 1
     assert tables[0]["_value"] == HARDEST
-    shapes = [row["histograms/label_frequency"] for _, row in rows if "histograms/label_frequency" in row]
+    shapes = [row["shapes/label_frequency"] for _, row in rows if "shapes/label_frequency" in row]
     assert [shape["values"] for shape in shapes] == [[3, 4, 1]]
 
     assert len(list((folder / "wandb").glob("offline-run-*"))) == 2
@@ -244,26 +244,26 @@ def test_other_ranks_open_and_write_nothing(tmp_path: Path) -> None:
         ),
         (
             {"global_step": 8, "level": 2, "beam_recall": 0.5, "hardest_clusters": HARDEST},
-            [("table", 8, "hardest_clusters/level-2"), ("points", 8, {"level/beam_recall": 0.5})],
+            [("table", 8, "hardest_clusters/level-2"), ("points", 8, {"train/level_beam_recall": 0.5})],
         ),
         ({"global_step": 8, "level": 2, "beam_recall": 1.0, "hardest_clusters": []}, None),
-        ({"stage": "tree", "seconds": 2}, [("facts", 7, {"seconds/tree": 2.0})]),
+        ({"stage": "tree", "seconds": 2}, [("facts", 7, {"stages/tree/seconds": 2.0})]),
         (
             {"stage": "rank-2", "level": 2, "ranker_cpu_s": 3.0, "ranker_balance": 1.5},
-            [("facts", 7, {"rank-2/ranker_cpu_s": 3.0, "rank-2/ranker_balance": 1.5})],
+            [("facts", 7, {"stages/rank-2/ranker_cpu_s": 3.0, "stages/rank-2/ranker_balance": 1.5})],
         ),
         (
-            {"test": {"tail/P@1": 5.0}, "linear_only": {"P@1": 4}},
-            [("facts", 7, {"test/tail/P@1": 5.0}), ("facts", 7, {"linear_only/P@1": 4.0})],
+            {"test": {"tail/P@1": 5.0}, "test_linear_only": {"P@1": 4}},
+            [("facts", 7, {"test/tail/P@1": 5.0}), ("facts", 7, {"test_linear_only/P@1": 4.0})],
         ),
-        ({"histogram": "x/level-1", "edges": [0, 1], "counts": [4]}, [("histogram", 7, "histograms/x/level-1")]),
+        ({"histogram": "x/level-1", "edges": [0, 1], "counts": [4]}, [("histogram", 7, "shapes/x/level-1")]),
         ({"preempted": True}, []),
     ],
 )
 def test_rows_get_the_names_that_dashboards_group_by(row: dict[str, Any], want: list[Any] | None) -> None:
     tracker = _Recorder()
     tell(tracker, row, 7)
-    assert tracker.seen == ([("points", 8, {"level/beam_recall": 1.0})] if want is None else want)
+    assert tracker.seen == ([("points", 8, {"train/level_beam_recall": 1.0})] if want is None else want)
 
 
 @pytest.mark.parametrize(

@@ -104,19 +104,20 @@ def tell(tracker: Tracker, row: Mapping[str, Any], step: int) -> None:
     ==========================  ===============================================
     ``loss``                    ``train/loss``, .., and ``loss/level-<t>``
     ``validation_x``            ``validation/x``
-    ``beam_recall``             ``level/beam_recall``, and tables
-    ``stage`` and ``seconds``   the fact ``seconds/<stage>``
-    ``stage`` and others        facts ``<stage>/<name>``
-    ``histogram``               a histogram
+    ``beam_recall``             ``train/level_beam_recall``, and tables
+    ``stage``                   facts ``stages/<stage>/<name>``: ``stages/tree/seconds``
+    ``histogram``               a histogram ``shapes/<name>``
     nested numbers              facts ``<key>/<name>``: ``test/P@1``
     ==========================  ===============================================
+
+    Dashboards sort groups by name, so that losses come first.
 
     Args:
         step: x of rows that have no ``global_step``.
     """
     at, level, stage = int(row.get("global_step", step)), row.get("level"), row.get("stage")
     if "histogram" in row:
-        tracker.histogram(at, f"histograms/{row['histogram']}", row["counts"], row["edges"])
+        tracker.histogram(at, f"shapes/{row['histogram']}", row["counts"], row["edges"])
         return
     for key, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -127,7 +128,7 @@ def tell(tracker: Tracker, row: Mapping[str, Any], step: int) -> None:
     if not numbers:
         return
     if stage is not None:
-        tracker.facts(at, {f"seconds/{stage}" if k == "seconds" else f"{stage}/{k}": x for k, x in numbers.items()})
+        tracker.facts(at, {f"stages/{stage}/{key}": x for key, x in numbers.items()})
         return
     series = series_of(row)
     if series.startswith("validation_"):
@@ -136,7 +137,7 @@ def tell(tracker: Tracker, row: Mapping[str, Any], step: int) -> None:
         extra = {} if level is None else {"train/level": float(level), f"loss/level-{level}": numbers["loss"]}
         tracker.points(at, {f"train/{key}": x for key, x in numbers.items()} | extra)
     else:
-        tracker.points(at, {f"level/{key}": x for key, x in numbers.items()})
+        tracker.points(at, {f"train/level_{key}": x for key, x in numbers.items()})
 
 
 def _is_number(value: Any) -> bool:

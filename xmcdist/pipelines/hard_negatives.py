@@ -83,7 +83,7 @@ def report_level(
                     "labels": r.text,
                     "documents": r.positives,
                     "misses": r.misses,
-                    "recall": r.recall,
+                    "recall": round(r.recall, 4),
                 }
                 for r in hardest[:_LOGGED]
             ],

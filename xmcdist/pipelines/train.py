@@ -210,7 +210,7 @@ def _results(run: Run, metrics: dict[str, float], baseline: dict[str, float], wa
         "config_hash": fingerprint(shaping_settings(run.cfg)),
         "config": asdict(run.cfg),
     }
-    run.log.metrics({name: values for name, values in (("test", metrics), ("linear_only", baseline)) if values})
+    run.log.metrics({name: values for name, values in (("test", metrics), ("test_linear_only", baseline)) if values})
     if run.world.is_main:
         write_json(Path(run.cfg.run_dir) / "results.json", results)
         if metrics:
