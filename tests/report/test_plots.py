@@ -21,8 +21,9 @@ from xmcdist.report.svg import linear_ticks, log_ticks
 
 
 def _inside(plot: str) -> None:
-    """All marks lie within the drawing; texts begin in it."""
+    """All marks and texts lie within the drawing."""
     (box,) = [a["viewbox"] for tag, a in Page(plot).tags if tag == "svg"]
+    ends: list[tuple[float, str]] = []
     width, height = (float(v) for v in str(box).split()[2:])
     for tag, a in Page(plot).tags:
         if tag == "path":
@@ -36,7 +37,14 @@ def _inside(plot: str) -> None:
             assert y + h <= height + 0.2
         elif tag == "text":
             assert 0 <= float(str(a["x"])) <= width
+            ends.append((float(str(a["x"])), str(a.get("text-anchor", "start"))))
             assert 0 <= float(str(a["y"])) <= height
+    said = [text for names, _, text in Page(plot).texts if names[-1] == "text"]
+    for (x, anchor), words in zip(ends, said, strict=True):
+        long = 6.3 * len(words)  # of digits and small letters at the size of a plot's text
+        left = {"start": x, "middle": x - long / 2, "end": x - long}[anchor]
+        assert left > -10  # a box has more padding than that
+        assert left + long < width + 10
 
 
 @pytest.mark.parametrize("points", [1, 2, 30, 5000])
@@ -64,14 +72,14 @@ def test_a_curve_begins_anew_at_a_level() -> None:
 
 
 def test_bars_are_as_long_as_their_values() -> None:
-    rows = [("P@1", [Bar("a", "full", 80.0), Bar("b", "linear", 40.0)]), ("P@10", [Bar("a", "full", 0.0)])]
+    rows = [("P@1", [Bar("a", "full", 100.0), Bar("b", "linear", 50.0)]), ("P@10", [Bar("a", "full", 0.0)])]
     plot = measure_bars("bars", rows)
     _inside(plot)
     full, linear, none = (float(str(a["width"])) for tag, a in Page(plot).tags if tag == "rect")
     assert full == pytest.approx(2 * linear, abs=0.1)
     assert none == 1
-    assert Page(plot).of_class("v") == ["80.0", "0.0"]
-    half = next(float(str(a["width"])) for tag, a in Page(measure_bars("b", rows, highest=160)).tags if tag == "rect")
+    assert Page(plot).of_class("v") == ["100.0", "0.0"]
+    half = next(float(str(a["width"])) for tag, a in Page(measure_bars("b", rows, highest=200)).tags if tag == "rect")
     assert half == pytest.approx(full / 2, abs=0.1)
 
 

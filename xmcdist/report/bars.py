@@ -34,7 +34,7 @@ def measure_bars(
     """
     if not rows:
         return ""
-    x = Scale(0, max(highest or max(bar.value for _, bars in rows for bar in bars), 1e-9), 34, width - 36)
+    x = Scale(0, max(highest or max(bar.value for _, bars in rows for bar in bars), 1e-9), 34, width - 42)
     parts, y = [], 2.0
     for name, bars in rows:
         thick = 11.5 if len(bars) > 1 else 15.0

@@ -31,7 +31,8 @@ def training(facts: Facts) -> str:
         Curve("in collectives", *steps.series("collective_percent"), "b"),
     ]
     memory = Curve("memory", *steps.series("memory_mb", 1 / 1024))
-    sent = Curve("sent", *steps.series("sent_bytes_per_step", 1e-6))
+    unit, scale = _bytes(max(steps.series("sent_bytes_per_step")[1], default=0))
+    sent = Curve("sent", *steps.series("sent_bytes_per_step", scale))
     norm = Curve("norm", *steps.series("grad_norm"))
     boxes = [
         _loss(facts, cuts),
@@ -51,7 +52,7 @@ def training(facts: Facts) -> str:
         ),
         _noted(over_steps("Memory", [memory], "GiB"), "Of the process that holds most."),
         _noted(
-            over_steps("Traffic a step", [sent] if any(sent.y) else [], "MB"),
+            over_steps("Traffic a step", [sent] if any(sent.y) else [], unit),
             "Sent by one process for embeddings and sums, without the engine's gradients.",
         ),
     ]
@@ -65,14 +66,24 @@ def training(facts: Facts) -> str:
     return grid(boxes, lead)
 
 
+def _bytes(most: float) -> tuple[str, float]:
+    """The unit in which so many bytes read well, and what to multiply bytes by."""
+    return ("kB", 1e-3) if most < 1e5 else ("MB", 1e-6) if most < 1e9 else ("GB", 1e-9)
+
+
+def _nodes(facts: Facts, t: int) -> str:
+    """``512 clusters``; on the last level, where every node is a label, ``4,764 labels``; empty without the tree."""
+    sizes = facts.trees[0].nodes if facts.trees else []
+    return plural(sizes[t - 1], "label" if t == len(sizes) else "cluster") if t <= len(sizes) else ""
+
+
 def _noted(box: Box, note: str) -> Box:
     return Box(box.title, note, box.draw, box.sixths)
 
 
 def _boundaries(facts: Facts) -> list[Boundary]:
-    sizes = facts.trees[0].nodes if facts.trees else []
     return [
-        Boundary(start, f"level {t}" + (f" · {plural(sizes[t - 1], 'cluster')}" if t <= len(sizes) else ""))
+        Boundary(start, " · ".join(filter(None, [f"level {t}", _nodes(facts, t)])))
         for t, start in sorted(facts.steps.starts.items())
     ]
 
@@ -92,9 +103,8 @@ def _loss(facts: Facts, cuts: Sequence[Boundary]) -> Box:
 
 
 def _recall(facts: Facts) -> Box:
-    sizes = facts.trees[0].nodes if facts.trees else []
     recall = sorted(facts.steps.recall.items())
-    names = [(f"level {t}", f"{sizes[t - 1]:,} clusters" if t <= len(sizes) else "") for t, _ in recall]
+    names = [(f"level {t}", _nodes(facts, t)) for t, _ in recall]
     values = [100 * value for _, value in recall]
     beam = facts.config.get("matcher.beam")
     label = "Beam recall: " + ", ".join(f"{first} {percent(v)} %" for (first, _), v in zip(names, values, strict=True))
