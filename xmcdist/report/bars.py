@@ -215,7 +215,7 @@ def columns(
         )
         if i % every == 0:
             parts.append(text(middle, height - 20, first, "t", "middle"))
-        if room > 6.4 * len(second):
+        if second and room > 6.4 * len(second):
             parts.append(text(middle, height - 6, second, "t", "middle"))
         if room > 34:
             said = percent(value) if unit == "%" else number(value)
