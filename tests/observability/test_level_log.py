@@ -15,9 +15,11 @@ from tests.helpers.ranks import on_ranks
 from xmcdist.data.batches import local
 from xmcdist.encoders.costs import EncoderCosts
 from xmcdist.parallel.launch import World
+from xmcdist.parallel.traffic import TRAFFIC
 from xmcdist.pipelines import level_log
 from xmcdist.pipelines.level_log import LevelLog, beam_metrics, line_of, memory_mb, steps_before, utilisation
 from xmcdist.pipelines.shapes import histogram_of_counts
+from xmcdist.training import meters
 from xmcdist.training.meters import Window
 
 
@@ -38,6 +40,20 @@ def test_tokens_and_padding_of_all_ranks_are_known_without_asking(documents: int
     assert row["length_squared"] == pytest.approx(sum(int(n) ** 2 for n in lengths) / documents)
     assert row["active_candidates"] == 7
     assert (window.documents, window.tokens, window.padded) == (0, 0, 0)
+
+
+def test_validation_is_neither_time_nor_traffic_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 4.0, 9.0, 10.0, 10.0])  # begun; validation from 4 to 9; told at 10
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    window = Window(0)
+    window.add(scored=10, active=10, waiting=1.0, lengths=np.full(10, 3), parts=1)
+    TRAFFIC.add("all_reduce", 500, 2.0)
+    with window.apart():
+        TRAFFIC.add("exchange", 9000, 3.0)
+    row = window.flush({"step": 5, "total": 10})
+    assert (row["docs_per_s"], row["tokens_per_s"], row["data_wait_percent"]) == (2, 6, 20)
+    assert (row["sent_bytes_per_step"], row["collective_s"], row["collective_percent"]) == (100, 2, 40)
+    assert row["eta_s"] == 10
 
 
 def test_mfu_of_a_known_case() -> None:

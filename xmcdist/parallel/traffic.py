@@ -46,6 +46,12 @@ class Traffic:
         self.calls[op] += 1
         self.seconds += seconds
 
+    def include(self, other: Traffic) -> None:
+        """Add what was counted elsewhere."""
+        self.sent += other.sent
+        self.calls += other.calls
+        self.seconds += other.seconds
+
     def copy(self) -> Traffic:
         """This moment, to subtract later."""
         return Traffic(Counter(self.sent), Counter(self.calls), self.seconds)

@@ -220,7 +220,8 @@ def train_level(
                 )
             )
         if task.matcher.validation_fraction and (state.step % task.matcher.eval_every == 0 or state.step == task.steps):
-            value = hooks.evaluate(engine.plain(), head)
+            with window.apart():
+                value = hooks.evaluate(engine.plain(), head)
             wrapped.train()
             if value is not None and value > state.best:
                 state.keep_best(value)

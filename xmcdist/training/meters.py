@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ class Window:
         self.first, self.started, self.traffic = step, time.perf_counter(), TRAFFIC.copy()
         self.documents, self.scored, self.active, self.waiting = 0, 0, 0, 0.0
         self.tokens, self.squares, self.padded = 0, 0, 0
+        self.apart_s = 0.0
 
     def add(self, scored: int, active: int, waiting: float, lengths: ArrayLike, parts: int) -> None:
         """Count one micro-batch.
@@ -45,6 +48,16 @@ class Window:
         self.squares += int((tokens * tokens).sum())
         self.padded += _padded(tokens, parts)
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Around what is no training, such as validation: neither its time nor its traffic is the steps'."""
+        before, began = TRAFFIC.copy(), time.perf_counter()
+        try:
+            yield
+        finally:
+            self.apart_s += time.perf_counter() - began
+            self.traffic.include(TRAFFIC.since(before))
+
     def flush(self, now: dict[str, Any]) -> dict[str, Any]:
         """One row of metrics, and a new window.
 
@@ -53,9 +66,10 @@ class Window:
 
         Returns:
             ``now`` and the window's means; ``length_squared`` is the mean of the squares of the
-            documents' tokens, which attention's cost goes by.
+            documents' tokens, which attention's cost goes by; ``eta_s`` counts validation in.
         """
-        took = max(time.perf_counter() - self.started, 1e-9)
+        wall = time.perf_counter() - self.started
+        took = max(wall - self.apart_s, 1e-9)
         steps, traffic = max(now["step"] - self.first, 1), TRAFFIC.since(self.traffic)
         row = now | {
             "docs_per_s": self.documents / took,
@@ -67,7 +81,7 @@ class Window:
             "collective_percent": 100 * traffic.seconds / took,
             "collective_s": traffic.seconds,
             "sent_bytes_per_step": traffic.total / steps,
-            "eta_s": (now["total"] - now["step"]) * took / steps,
+            "eta_s": (now["total"] - now["step"]) * wall / steps,
         }
         self.restart(now["step"])
         return row
