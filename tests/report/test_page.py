@@ -117,6 +117,7 @@ def test_values_are_those_of_the_results(finished: Path) -> None:
     shown = [text for names, _, text in page.texts if names[-1] == "dt" and names.count("details")]
     assert settings | results["versions"].keys() == set(shown)
     assert results["command"] in page.text
+    assert set(results["hardware"].values()) <= set(page.text.splitlines())
 
 
 def test_tables_are_those_of_the_files(finished: Path) -> None:
