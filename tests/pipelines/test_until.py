@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def test_a_chain_of_runs_is_one_run(data: Path, monkeypatch: pytest.MonkeyPatch)
     for until, stages in STAGES.items():
         # Only the node of the matcher has bf16: what it decides, holds for the others.
         monkeypatch.setattr(precision, "has_bf16", lambda _, here=until == "match": here)
+        if until == "rank":  # a stage that computes is lost, and made again where bf16 is not at hand
+            shutil.rmtree(run_dir / "stages" / "embed")
         assert _train(data, "chain", *asked, f"until={until}") == {}
         committed = {p.parent.name for p in run_dir.glob("stages/*/stage.json")}
         assert sorted(committed - seen) == stages
