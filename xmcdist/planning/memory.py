@@ -22,7 +22,7 @@ _FLOAT = 4
 _MOMENTS = 2  # of Adam
 _CUDA_CONTEXT = 600e6  # driver, cuBLAS workspaces and NCCL buffers of one process
 _BUCKET = 50_000_000  # elements that DeepSpeed reduces at once (launch/deepspeed/*.json)
-_PERSISTENT = 100_000  # parameters below this are not cut by ZeRO-3
+_LEFT_BY_ZERO = 4.0  # copies of the encoder, a level before
 _EMBED_TOKENS = 8192  # padded tokens embedded at once
 _PAIR_BYTES = 60  # document, node, value, weight, score, gradient, and their copies as tensors
 _CSR_BYTES = 8
@@ -43,7 +43,7 @@ class Runtime:
 
     linear: float = 350e6
     encoder: float = 120e6
-    deepspeed: float = 60e6
+    deepspeed: float = 110e6
     kernels: float = 115e6
 
     @classmethod
@@ -204,17 +204,30 @@ def _encoder_parts(job: Job, e: EncoderCosts) -> dict[str, float]:
         return _parts(whole, trained, _MOMENTS * trained, buffers + best)
     cut = trained / ranks
     bucket = float(min(_BUCKET * _FLOAT, trained))
-    if name == "zero1" or name == "zero2":
-        # A flat fp32 copy of the own part, and gradients gathered in a bucket before they are sent.
-        gradients = trained if name == "zero1" else cut + bucket
-        return _parts(whole, gradients, _MOMENTS * cut, cut + bucket + best)
+    if name in ("zero1", "zero2"):
+        # Weights lie in one flat tensor; beside it an fp32 part with its gradient, a bucket, and what is reduced.
+        gradients = 2 * trained if name == "zero1" else cut + bucket
+        return _parts(whole, gradients, _MOMENTS * cut, trained + bucket + 2 * cut + best + _left_by_zero(job, e))
     layer = (e.parameters - e.embedding_parameters) / max(e.layers, 1)
     live = _FLOAT * (e.embedding_parameters + 2 * layer)  # gathered for their forward and backward
     if name == "fsdp2":
         return _parts(whole / ranks, cut, _MOMENTS * cut, live + best)
     # ZeRO-3 keeps parameters, their fp32 part, and gathers ahead up to a bucket.
     gathered = min(live + bucket, float(whole))
-    return _parts(2 * whole / ranks, cut + bucket, _MOMENTS * cut, gathered + best)
+    buffers = gathered + bucket + best + _left_by_zero(job, e)
+    return _parts(2 * whole / ranks, cut + bucket, _MOMENTS * cut, buffers)
+
+
+def _left_by_zero(job: Job, e: EncoderCosts) -> float:
+    """What DeepSpeed leaves in a CPU process: the whole encoder that a level ends with, and buffers of levels before.
+
+    A level's engine is released, but goes only when Python next looks for cycles; its buffers lie
+    beside the next one's.  Fitted to MiniLM on one and four ranks, see benchmarks/plan_memory.md.
+    """
+    if job.on_gpu:
+        return 0.0
+    before = len(job.match_levels) - 1
+    return _FLOAT * e.trained_parameters * (1.0 + before * _LEFT_BY_ZERO)
 
 
 def _parts(weights: float, gradients: float, moments: float, buffers: float) -> dict[str, float]:
