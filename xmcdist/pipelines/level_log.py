@@ -56,11 +56,12 @@ class LevelLog:
         self.steps, self.before, self._validated = per_level(run.cfg.matcher.steps, t), steps_before(run, t), step
         try:
             self.costs: EncoderCosts | None = EncoderCosts.from_model(encoder.model, run.cfg.encoder.pooling)
-        except EncoderError:  # an encoder of its own kind trains all the same
+        except (EncoderError, AttributeError):  # an encoder of its own kind trains all the same
             self.costs = None
+        measured_now = _peak.cache_info().currsize == 0
         peaks = gather_objects(_peak(run.world.device_type, precision))
         self.peak: float | None = None if None in peaks else float(sum(p or 0.0 for p in peaks))
-        if t == 1 and self.peak is not None and run.world.device_type == "cpu":
+        if measured_now and self.peak is not None and run.world.device_type == "cpu":
             run.log.say(
                 f"MFU counts as 100 % what this computer was just measured to multiply matrices at: "
                 f"{self.peak / 1e9:.0f} GFLOP/s over all processes"
