@@ -140,7 +140,7 @@ def test_a_rank_whose_data_do_not_come_ends_the_job_and_says_what_it_read(data: 
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_the_head_nodes_launcher_is_killed_and_nothing_is_left_behind(data: Path) -> None:
-    args = (*_args(data, "headless"), "until=match")
+    args = (*_args(data, "headless"), "until=match", "matcher.max_clusters=8")
     logs = [data.parent / f"node-{i}.log" for i in range(2)]
     port = str(free_port())
     jobs = [

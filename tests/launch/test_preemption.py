@@ -48,7 +48,7 @@ def _steps(run: Path) -> int:
 @pytest.mark.slow
 def test_a_signal_to_one_rank_ends_all_with_a_checkpoint_and_the_same_result(data: Path) -> None:
     args = [*TINY_RUN, "encoder.dropout=0.1", "matcher.steps=[6,30]", "checkpoint.every_steps=0"]
-    args += ["evaluation.linear_baseline=false", "until=match", f"dataset.path={data}"]
+    args += ["evaluation.linear_baseline=false", "until=match", "matcher.max_clusters=8", f"dataset.path={data}"]
     run, log = data.parent / "signalled", data.parent / "signalled.log"
     job = start(2, "train", *args, f"run_dir={run}", log=log)
     wait_until(job, log, lambda: _steps(run) >= 5)
@@ -71,7 +71,7 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint_and_the_same_result(dat
     assert not (run / "preempted.json").exists()
     undisturbed = data.parent / "undisturbed"
     launch(2, "train", *args, f"run_dir={undisturbed}", log=log)
-    for name in ("match-2/head.npy", "match-3/head.npy", "match-3/E.npy"):
+    for name in ("match-2/head.npy", "match-2/E.npy"):
         got, want = (np.load(where / "stages" / name) for where in (run, undisturbed))
         assert np.allclose(got, want, rtol=0, atol=1e-6), name
 
@@ -105,7 +105,7 @@ class _Signalled(Hooks):
                 time.sleep(0.001)
 
 
-@on_ranks(1, 3)
+@on_ranks(3)
 def test_all_ranks_leave_a_level_at_the_same_step_and_go_on_bit_for_bit(rank: int, world_size: int) -> None:
     setting = Setting(micro_batch=2, dropout=0.2, steps=6)
 

@@ -77,11 +77,26 @@ def _equals(result: Any, head: Any, want: Any, spoilt: int | None, what: str) ->
     assert _worst(head.bias, want.bias[rows]) < WEIGHT_TOLERANCE, what
 
 
-@on_ranks(1, 2, 3, timeout_s=300)
+@on_ranks(2, timeout_s=300)
 def test_steps_that_are_left_out_leave_no_trace(rank: int, world_size: int, references: str) -> None:
+    _leave_no_trace(rank, world_size, references, ("ddp", "fsdp2", "zero2"))
+
+
+@on_ranks(1, 3, timeout_s=300)
+def test_steps_that_are_left_out_leave_no_trace_elsewhere(rank: int, world_size: int, references: str) -> None:
+    _leave_no_trace(rank, world_size, references, ("ddp",))
+
+
+@pytest.mark.matrix
+@on_ranks(1, 3, 4, timeout_s=600)
+def test_steps_that_are_left_out_leave_no_trace_in_any_engine(rank: int, world_size: int, references: str) -> None:
+    _leave_no_trace(rank, world_size, references, ("fsdp2", "zero1", "zero2", "zero3"))
+
+
+def _leave_no_trace(rank: int, world_size: int, references: str, names: tuple[str, ...]) -> None:
     by_document, by_gradient = pickle.loads(Path(references).read_bytes())
     document, word = _bad_document()
-    for name in ("ddp", "fsdp2", "zero2") if world_size > 1 else ("ddp", "zero2"):
+    for name in names:
         engine = problem.engine(SETTING, rank, world_size, name=name)
         encoder, head, hooks = problem.encoder(SETTING), problem.head(rank, world_size), Hooks()
         with torch.no_grad():
