@@ -52,7 +52,7 @@ def plan(run: RunConfig, cfg: PlanConfig, as_json: bool = False) -> dict[str, An
         print(text, end="")
         return {"scaling": text}
     job = make_job(run, cfg)
-    out = figures(job, Runtime.of_this_machine(job.encoder is not None, run.engine.name))
+    out = figures(job, Runtime())
     text = json.dumps(out, indent=1)
     if cfg.output is not None:
         try:

@@ -32,7 +32,7 @@ _WEIGHT_BYTES = 5  # of a ranker's weight on disk; building takes as much again
 
 @dataclass(frozen=True)
 class Runtime:
-    """Bytes of a process before it has any data.
+    """Bytes of a process before it has any data, measured with a CPU build of torch; a CUDA build takes more.
 
     Attributes:
         linear: interpreter, numpy, numba, torch as the linear path has them.
@@ -45,12 +45,6 @@ class Runtime:
     encoder: float = 120e6
     deepspeed: float = 110e6
     kernels: float = 115e6
-
-    @classmethod
-    def of_this_machine(cls, has_encoder: bool, engine: str) -> Runtime:
-        """What this installation's libraries take; a CUDA build of torch takes more than a CPU build."""
-        del has_encoder, engine
-        return cls()
 
 
 @dataclass
@@ -214,8 +208,8 @@ def _encoder_parts(job: Job, e: EncoderCosts) -> dict[str, float]:
         return _parts(whole / ranks, cut, _MOMENTS * cut, live + best)
     # ZeRO-3 keeps parameters, their fp32 part, and gathers ahead up to a bucket.
     gathered = min(live + bucket, float(whole))
-    buffers = gathered + bucket + best + _left_by_zero(job, e)
-    return _parts(2 * whole / ranks, cut + bucket, _MOMENTS * cut, buffers)
+    kept = gathered + bucket + best + _left_by_zero(job, e)
+    return _parts(2 * whole / ranks, cut + bucket, _MOMENTS * cut, kept)
 
 
 def _left_by_zero(job: Job, e: EncoderCosts) -> float:
