@@ -108,6 +108,7 @@ class StageStore:
             wait_for(partial)
         with no_space_is_clear(partial):
             body(partial)
+        self.world.barrier()  # one that still writes may rename what another has listed
         with errors_together(), no_space_is_clear(partial):
             if self.world.local_rank == 0:  # of each node: what its processes wrote
                 files_to_disk(partial)
