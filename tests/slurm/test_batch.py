@@ -68,7 +68,12 @@ def batch(tmp_path: Path) -> Batch:
     return Batch(tmp_path)
 
 
-CRASH = "mkdir -p $XMCDIST_LOG_DIR/node-0; echo 'ValueError: bad' > $XMCDIST_LOG_DIR/node-0/stderr.log; exit 1"
+CRASH = """
+mkdir -p $XMCDIST_LOG_DIR/node-{0,1}
+echo 'ValueError: bad' > $XMCDIST_LOG_DIR/node-0/stderr.log
+echo 'xmcdist: rank 1: collective #9 did not complete' > $XMCDIST_LOG_DIR/node-1/stderr.log
+exit 1
+"""
 # The step as Slurm runs it: signalled, it leaves what it has saved.
 SIGNALLED = """
 echo $$ > $STUB/step.pid
