@@ -29,6 +29,7 @@ __all__ = ["Started", "address_of", "check", "is_loopback", "limits_of", "listen
 _HEALTH_S = 120  # a worker that is silent for so long is replaced; a new one has so long to open its model
 _GRACE_S = 5.0  # beyond timeout_s, for requests that are answered while the server stops
 _BACKLOG = 2048
+_KEEP_ALIVE_S = 75  # longer than a proxy keeps its connections, so that it never asks on one that is being closed
 
 
 def limits_of(cfg: ServeConfig) -> Limits:
@@ -133,6 +134,7 @@ def run_server(cfg: ServeConfig, bound: socket.socket, folder: Path, factory: st
             log_config=_logging(cfg.access_log),
             timeout_graceful_shutdown=int(cfg.timeout_s + _GRACE_S),
             timeout_worker_healthcheck=_HEALTH_S,
+            timeout_keep_alive=_KEEP_ALIVE_S,
             server_header=False,
             lifespan="on",
         )
