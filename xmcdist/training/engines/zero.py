@@ -7,6 +7,7 @@ head together, and state is read and written by parameter name, never as DeepSpe
 
 from __future__ import annotations
 
+import gc
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -165,3 +166,6 @@ class ZeroEngine(Engine):
             self.module.destroy()
             self.parts.forget()
         self.encoder = self.module = self.skeleton = self.parts = None
+        # DeepSpeed's objects point at one another, so they would go only when Python next looks for
+        # cycles, and their buffers would lie beside the next level's: half as much memory again.
+        gc.collect()
