@@ -21,6 +21,7 @@ import pytest
 import xmcdist
 from tests.helpers.toy import texts_and_labels
 from xmcdist.inference.calibration import fit_calibration
+from xmcdist.serving.server import listen
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
@@ -197,6 +198,14 @@ def test_workers_end_when_their_supervisor_is_killed(model: Path, tmp_path: Path
     _until(lambda: not any(map(_alive, workers)))
     with socket.socket() as free:
         free.bind(("0.0.0.0", int(server.url.rsplit(":", 1)[1])))
+
+
+def test_connections_send_at_once() -> None:
+    """Else an answer's second part waits 40 ms for the client's ACK of the first."""
+    with listen("127.0.0.1", 0) as bound, socket.create_connection(bound.getsockname()):
+        connection, _ = bound.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def _serve(*settings: str, code: str | None = None) -> subprocess.CompletedProcess[str]:

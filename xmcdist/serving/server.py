@@ -81,6 +81,9 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it. uvicorn opens a socket that it is handed as one of another family, and asyncio
+        # then leaves it out: every answer, which is sent in two parts, would wait 40 ms for the client's ACK.
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         bound.bind(address)
         bound.listen(_BACKLOG)
     except OSError as error:
