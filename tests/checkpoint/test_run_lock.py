@@ -73,7 +73,7 @@ def test_a_living_run_is_named_and_a_killed_one_is_taken_over_at_once(
 
 def test_a_recycled_process_id_is_no_living_run(tmp_path: Path) -> None:
     mine = run_lock._describe((None, 0))
-    _write(tmp_path, mine | {"pid": os.getppid(), "id": "old"})  # the id lives, but began at another time
+    _write(tmp_path, mine | {"process_start": mine["process_start"] - 1, "id": "old"})
     RunLock(tmp_path).take()
 
 

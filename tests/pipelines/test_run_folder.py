@@ -206,7 +206,7 @@ def test_a_disk_that_is_full_again_and_again_costs_nothing(
     args: list[str], data: Path, disk: Path, tmp_path: Path
 ) -> None:
     whole = _train(data, tmp_path / "whole", *args)["metrics"]
-    size, step = 64, 48 if args is LINEAR else 400
+    size, step = 64, 48 if args is LINEAR else 1000
     refused: list[str] = []
     while True:
         try:
