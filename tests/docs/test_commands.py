@@ -95,7 +95,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sp.save_npz(desk / "FEATURES" / f"Y.{split}.npz", Y)
     shutil.copy(desk / "FEATURES" / "X.tst.npz", desk)
     shutil.copy(desk / "FEATURES" / "Y.trn.npz", desk)
-    (desk / "output-items.txt").write_text("".join(f"item {i}\n" for i in range(20)))
+    for folder in (desk, desk / "FEATURES"):
+        (folder / "output-items.txt").write_text("".join(f"item {i}\n" for i in range(20)))
     return desk
 
 
