@@ -8,12 +8,14 @@ cd "$root"
 use_venv dev
 export PATH="$venv/bin:$PATH"
 
+workers="$(cores)" # asked before OMP_NUM_THREADS is set, which nproc heeds
+workers="${XMCDIST_TEST_WORKERS:-$((workers > 4 ? 4 : workers))}"
+
 # Nothing of a test leaves this machine; distributed tests talk over the loopback.
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" HF_HUB_OFFLINE=1 WANDB_MODE=offline WANDB_SILENT=true
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$root/build/torch_extensions}" # compiled once, kept
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" NUMBA_NUM_THREADS="${NUMBA_NUM_THREADS:-2}" TOKENIZERS_PARALLELISM=false
 
-test_workers() { local n; n="$(cores)"; echo $((n > 4 ? 4 : n)); }
 step() { echo "== $*"; "$@"; }
 step python -m ruff check .
 step python -m ruff format --check .
@@ -22,4 +24,4 @@ if command -v shellcheck >/dev/null 2>&1; then
   step shellcheck -x launch/*.sh slurm/*.sh slurm/*.sbatch slurm/local/*.sh .ci/run
 fi
 # Tests that start processes of their own share one worker (tests/conftest.py); the rest fill the others.
-step python -m pytest -n "${XMCDIST_TEST_WORKERS:-$(test_workers)}" --dist loadgroup "$@"
+step python -m pytest -n "$workers" --dist loadgroup "$@"

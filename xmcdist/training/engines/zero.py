@@ -57,6 +57,9 @@ class ZeroEngine(Engine):
         self.flat: DeviceMesh = init_device_mesh(self.device.type, (self.world.world_size,), mesh_dim_names=("all",))
 
     def prepare(self, encoder: Encoder, cfg: OptimizerConfig) -> nn.Module:
+        # DeepSpeed's objects of the level before point at one another, so they would go only when Python
+        # next looks for cycles, and their buffers would lie beside this level's: half as much memory again.
+        gc.collect()
         self.encoder = encoder.to(self.device)
         self.skeleton = Skeleton(encoder)
         self.module, *_ = self.deepspeed.initialize(
@@ -166,6 +169,3 @@ class ZeroEngine(Engine):
             self.module.destroy()
             self.parts.forget()
         self.encoder = self.module = self.skeleton = self.parts = None
-        # DeepSpeed's objects point at one another, so they would go only when Python next looks for
-        # cycles, and their buffers would lie beside the next level's: half as much memory again.
-        gc.collect()
