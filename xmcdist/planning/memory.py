@@ -22,7 +22,12 @@ _FLOAT = 4
 _MOMENTS = 2  # of Adam
 _CUDA_CONTEXT = 600e6  # driver, cuBLAS workspaces and NCCL buffers of one process
 _BUCKET = 50_000_000  # elements that DeepSpeed reduces at once (launch/deepspeed/*.json)
-_LEFT_BY_ZERO = 2.5  # copies of the encoder, a level before
+_LEFT_BY_ZERO = {
+    "zero1": 2.5,
+    "zero2": 2.5,
+    "zero3": 4.0,
+    "zero3_offload": 4.0,
+}  # copies of the encoder, a level before
 _EMBED_TOKENS = 8192  # padded tokens embedded at once
 _PAIR_BYTES = 60  # document, node, value, weight, score, gradient, and their copies as tensors
 _CSR_BYTES = 8
@@ -215,12 +220,12 @@ def _encoder_parts(job: Job, e: EncoderCosts) -> dict[str, float]:
 def _left_by_zero(job: Job, e: EncoderCosts) -> float:
     """What DeepSpeed leaves in a CPU process: the whole encoder that a level ends with, and buffers of levels before.
 
-    Fitted to MiniLM under zero1 on four ranks, see benchmarks/plan_memory.md.
+    Fitted to MiniLM under zero1 and zero3 on four ranks, see benchmarks/plan_memory.md.
     """
     if job.on_gpu:
         return 0.0
     before = len(job.match_levels) - 1
-    return _FLOAT * e.trained_parameters * (1.0 + before * _LEFT_BY_ZERO)
+    return _FLOAT * e.trained_parameters * (1.0 + before * _LEFT_BY_ZERO[job.cfg.engine.name])
 
 
 def _parts(weights: float, gradients: float, moments: float, buffers: float) -> dict[str, float]:
