@@ -1,8 +1,9 @@
 """Every command of the documents is run as it stands, on a desk laid out with what they name.
 
-Training is composed and checked, and where it needs no GPU shortened (``debug=smoke``, a tiny
-encoder, few documents).  Servers are started, asked once and stopped.  What cannot be run here
-is listed with the test that runs it.
+Training is composed and checked, and in the README, where it needs no GPU, shortened
+(``debug=smoke``, a tiny encoder, few documents) and run.  Servers are started, asked once and
+stopped; of batch jobs the settings are composed.  What has a test of its own is listed with it;
+quickstart.sh takes minutes and is run by people; other people's programs are not run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from xmcdist.config.compose import compose_run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-ELSEWHERE = {  # how a command begins, and what runs it
+ELSEWHERE = {  # how a command begins, and what tests it
     "bash launch/test.sh": ".ci/run",
     "bash launch/quickstart.sh": "tests/launch/test_scripts.py",
     "XMCDIST_CONSTRAINTS=": "tests/launch/test_scripts.py",
@@ -117,6 +118,9 @@ def test_every_command_is_known() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_run(page: Path, desk: Path) -> None:
     for command in dict.fromkeys(commands(page)):
+        if "slurm/train.sbatch" in command:
+            settings = shlex.split(command.split("slurm/train.sbatch")[1], comments=True)
+            compose_run([*settings, "engine.global_batch=256"], world_size=16)
         asked = _asked(command)
         if command.startswith(tuple(ELSEWHERE)) or asked is None or asked[0] == "COMMAND":
             continue
