@@ -142,6 +142,34 @@ def _turn(link: Path, to: Path) -> None:
     fresh.replace(link)
 
 
+def test_a_worker_killed_while_it_is_asked_whether_it_lives_is_replaced(served: tuple[_Server, Path]) -> None:
+    server, _ = served
+    before = server.workers()
+    os.kill(before[0], signal.SIGSTOP)  # it does not answer: the supervisor is now waiting for it
+    time.sleep(2)
+    os.kill(before[0], signal.SIGKILL)
+    _until(lambda: before[0] not in server.workers() and len(server.workers()) == 2)
+    _until(lambda: server.meter("xmcdist_workers_ready") == 2)
+    assert before[1] in server.workers()
+
+
+def test_a_worker_killed_while_the_model_is_damaged_leaves_the_others(
+    served: tuple[_Server, Path], model: Path, tmp_path: Path
+) -> None:
+    server, link = served
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    (broken / "tfidf" / "tfidf.json").unlink()
+    _turn(link, broken)
+    killed, kept = server.workers()
+    os.kill(killed, signal.SIGKILL)
+    _until(lambda: server.errors().count("a new worker could not open the model") >= 2)
+    assert kept in server.workers()
+    assert len(server.predict(TEXTS)) == 40
+    _turn(link, model)
+    _until(lambda: len(server.workers()) == 2 and server.meter("xmcdist_workers_ready") == 2)
+    assert kept in server.workers()
+
+
 def test_sighup_takes_up_another_model_and_keeps_the_old_one_when_it_is_damaged(
     served: tuple[_Server, Path], model: Path, tmp_path: Path
 ) -> None:
@@ -150,8 +178,9 @@ def test_sighup_takes_up_another_model_and_keeps_the_old_one_when_it_is_damaged(
     broken = Path(shutil.copytree(model, tmp_path / "broken"))
     (broken / "tfidf" / "tfidf.json").unlink()
     _turn(link, broken)
+    said = server.errors().count("a new worker could not open the model")
     server.process.send_signal(signal.SIGHUP)
-    _until(lambda: "a new worker could not open the model" in server.errors())
+    _until(lambda: server.errors().count("a new worker could not open the model") > said)
     _until(lambda: server.workers() == before)
     assert len(server.predict(TEXTS)) == 40
     better = Path(shutil.copytree(model, tmp_path / "better"))

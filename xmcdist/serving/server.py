@@ -27,6 +27,7 @@ from xmcdist.serving.limits import Limits
 __all__ = ["Started", "address_of", "check", "is_loopback", "limits_of", "listen", "run_server", "worker_app"]
 
 _HEALTH_S = 120  # a worker that is silent for so long is replaced; a new one has so long to open its model
+_RETRY_S = 1.0  # before a model that could not be opened is tried again
 _GRACE_S = 5.0  # beyond timeout_s, for requests that are answered while the server stops
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75  # longer than a proxy keeps its connections, so that it never asks on one that is being closed
@@ -123,6 +124,7 @@ def run_server(cfg: ServeConfig, bound: socket.socket, folder: Path, factory: st
     """
     import uvicorn
 
+    _notice_deaths_at_once()
     # uvicorn ends one worker alone by raising the signal anew, which would leave the folder behind.
     before = signal.signal(signal.SIGTERM, _leave)
     failed = folder / "failed"
@@ -152,6 +154,21 @@ def run_server(cfg: ServeConfig, bound: socket.socket, folder: Path, factory: st
 
 def _leave(_: int, __: Any) -> None:
     sys.exit(0)
+
+
+def _notice_deaths_at_once() -> None:
+    """Let the supervisor hear of a worker that is killed while it is asked whether it lives.
+
+    uvicorn keeps the worker's end of the pipe open in the supervisor too, so that nothing ends
+    when the worker does, and the question waits for all of `_HEALTH_S`.
+    """
+    from uvicorn.supervisors.multiprocess import Process
+
+    def start(process: Process) -> None:
+        process.process.start()
+        process.child_conn.close()
+
+    Process.start = start  # type: ignore[assignment, method-assign]
 
 
 def worker_app(cfg: ServeConfig, started: Started) -> Any:
@@ -196,6 +213,9 @@ def _failed(error: BaseException, started: Started) -> None:
         logging.getLogger("xmcdist.serving").error("the model could not be opened", exc_info=error)
     if Path(started.folder, "ready").exists():
         print(f"xmcdist: a new worker could not open the model: {error}", file=sys.stderr, flush=True)
+        # uvicorn stops the whole server when a worker's start fails; a worker that merely died is tried again.
+        time.sleep(_RETRY_S)
+        os._exit(1)
     elif _first(Path(started.folder, "failed"), str(error)):
         os.kill(started.main_pid, signal.SIGTERM)
 
