@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from xmcdist.config import schema
+from xmcdist.config import commands, schema
 from xmcdist.config.compose import compose_run, conf_dir
 from xmcdist.config.errors import ConfigError
 
@@ -100,7 +100,7 @@ def test_every_setting_is_read_somewhere() -> None:
         if path.parent.name != "config":
             used |= {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
     groups = [type(getattr(schema.RunConfig(), f.name)) for f in fields(schema.RunConfig)]
-    groups += [schema.PredictConfig, schema.EvaluateConfig, schema.CalibrateConfig, schema.ImportPecosConfig]
-    groups += [schema.TreeShowConfig]
+    groups += [commands.PredictConfig, commands.EvaluateConfig, commands.CalibrateConfig, commands.ImportPecosConfig]
+    groups += [commands.TreeShowConfig]
     unused = [f"{g.__name__}.{f.name}" for g in groups if is_dataclass(g) for f in fields(g) if f.name not in used]
     assert not unused

@@ -11,8 +11,8 @@ import pytest
 import scipy.sparse as sp
 
 from tests.helpers.pecos_model import WIDTH, Chain
+from xmcdist.config.commands import ImportPecosConfig
 from xmcdist.config.errors import UserError
-from xmcdist.config.schema import ImportPecosConfig
 from xmcdist.inference import ensemble as module
 from xmcdist.inference.ensemble import METHODS, Ensemble, combine, open_model
 from xmcdist.pipelines.import_pecos import import_pecos

@@ -13,9 +13,10 @@ import scipy.sparse as sp
 import xmcdist
 from tests.helpers.ranks import on_ranks
 from tests.helpers.toy import texts_and_labels, write_text_folder
+from xmcdist.config.commands import CalibrateConfig, PredictConfig
 from xmcdist.config.compose import compose_run
 from xmcdist.config.errors import UserError
-from xmcdist.config.schema import CalibrateConfig, DatasetConfig, PredictConfig
+from xmcdist.config.schema import DatasetConfig
 from xmcdist.parallel.launch import World
 from xmcdist.pipelines.calibration import calibrate, score_pairs
 from xmcdist.pipelines.predict import predict_file

@@ -14,8 +14,9 @@ import scipy.sparse as sp
 
 import xmcdist
 from tests.helpers.pecos_model import WIDTH, Chain
+from xmcdist.config.commands import EvaluateConfig, ImportPecosConfig
 from xmcdist.config.errors import UserError
-from xmcdist.config.schema import DatasetConfig, EvaluateConfig, EvaluationConfig, ImportPecosConfig
+from xmcdist.config.schema import DatasetConfig, EvaluationConfig
 from xmcdist.parallel.launch import World
 from xmcdist.pipelines.evaluation import evaluate_model
 from xmcdist.pipelines.import_pecos import import_pecos

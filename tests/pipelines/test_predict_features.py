@@ -12,9 +12,9 @@ import scipy.sparse as sp
 import xmcdist
 from tests.helpers.pecos_model import Chain
 from tests.helpers.ranks import on_ranks
+from xmcdist.config.commands import ImportPecosConfig, PredictConfig
 from xmcdist.config.compose import compose_run
 from xmcdist.config.errors import UserError
-from xmcdist.config.schema import ImportPecosConfig, PredictConfig
 from xmcdist.inference.ensemble import Ensemble
 from xmcdist.parallel.launch import World
 from xmcdist.pipelines.import_pecos import import_pecos

@@ -12,8 +12,9 @@ import pytest
 from tests.helpers.launch import launch, start
 from tests.helpers.ranks import on_ranks
 from tests.helpers.toy import TINY_RUN, texts_and_labels, write_text_folder
+from xmcdist.config.commands import EvaluateConfig, PredictConfig
 from xmcdist.config.errors import UserError
-from xmcdist.config.schema import DatasetConfig, EvaluateConfig, PredictConfig
+from xmcdist.config.schema import DatasetConfig
 from xmcdist.parallel.launch import World
 
 BATCH = 7  # 61 documents: nine blocks, the last of five

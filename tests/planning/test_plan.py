@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from tests.helpers.launch import ROOT
+from xmcdist.config.commands import PlanConfig
 from xmcdist.config.compose import compose_run
 from xmcdist.config.errors import ConfigError, UserError
-from xmcdist.config.schema import EncoderConfig, PlanConfig, RunConfig
+from xmcdist.config.schema import EncoderConfig, RunConfig
 from xmcdist.encoders.costs import EncoderCosts
 from xmcdist.observability.devices import find_device
 from xmcdist.pipelines.plan import make_job

@@ -9,8 +9,8 @@ import pytest
 
 from tests.helpers.launch import launch
 from tests.helpers.toy import TINY_RUN, write_text_folder
+from xmcdist.config.commands import PlanConfig
 from xmcdist.config.compose import compose_run
-from xmcdist.config.schema import PlanConfig
 from xmcdist.pipelines.plan import make_job
 from xmcdist.planning.traffic import step_traffic
 from xmcdist.trees.label_tree import LabelTree

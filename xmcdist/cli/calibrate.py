@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xmcdist.cli.app import run
-from xmcdist.config.schema import CalibrateConfig
+from xmcdist.config.commands import CalibrateConfig
 
 
 def main() -> None:

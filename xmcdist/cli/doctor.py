@@ -8,7 +8,7 @@ import sys
 from collections.abc import MutableMapping
 
 from xmcdist.cli.app import run
-from xmcdist.config.schema import DoctorConfig
+from xmcdist.config.commands import DoctorConfig
 
 __all__ = ["main", "ranks_of_srun"]
 

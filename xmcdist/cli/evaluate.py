@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xmcdist.cli.app import run
-from xmcdist.config.schema import EvaluateConfig
+from xmcdist.config.commands import EvaluateConfig
 
 
 def main() -> None:

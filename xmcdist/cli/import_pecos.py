@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xmcdist.cli.app import run
-from xmcdist.config.schema import ImportPecosConfig
+from xmcdist.config.commands import ImportPecosConfig
 
 
 def main() -> None:

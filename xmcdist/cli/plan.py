@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 
+from xmcdist.config.commands import PlanConfig
 from xmcdist.config.compose import compose_run
 from xmcdist.config.errors import UserError
-from xmcdist.config.schema import PlanConfig
 
 _OWN = {f.name for f in fields(PlanConfig)}
 _USAGE = """usage: python -m xmcdist plan [settings of train ...] [gpu=h100] [gpus=8] [nodes=1] [counts=NAME] [--json]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xmcdist.cli.app import run
-from xmcdist.config.schema import PredictConfig
+from xmcdist.config.commands import PredictConfig
 
 
 def main() -> None:

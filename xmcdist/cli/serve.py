@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from xmcdist.config.schema import ServeConfig
+from xmcdist.config.commands import ServeConfig
 
 _SETTINGS = "XMCDIST_SERVE"  # from here to the workers, which are started anew and read nothing else
 

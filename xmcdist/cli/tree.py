@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from xmcdist.cli.app import run
-from xmcdist.config.schema import TreeShowConfig
+from xmcdist.config.commands import TreeShowConfig
 
 
 def main() -> None:

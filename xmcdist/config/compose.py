@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from xmcdist.config import schema
+from xmcdist.config import commands, schema
 from xmcdist.config.checks import check_run
 from xmcdist.config.errors import ConfigError
 
@@ -66,15 +66,15 @@ def register() -> None:
     """Put the schemas where the yaml files' defaults lists find them; harmless to repeat."""
     store = ConfigStore.instance()
     store.store(name="run_schema", node=schema.RunConfig)
-    store.store(name="predict_schema", node=schema.PredictConfig)
-    store.store(name="evaluate_schema", node=schema.EvaluateConfig)
-    store.store(name="serve_schema", node=schema.ServeConfig)
-    store.store(name="calibrate_schema", node=schema.CalibrateConfig)
-    store.store(name="import_pecos_schema", node=schema.ImportPecosConfig)
-    store.store(name="doctor_schema", node=schema.DoctorConfig)
-    store.store(name="plan_schema", node=schema.PlanConfig)
-    store.store(group="schema", name="counts", node=schema.CountsConfig)
-    store.store(name="tree_schema", node=schema.TreeShowConfig)
+    store.store(name="predict_schema", node=commands.PredictConfig)
+    store.store(name="evaluate_schema", node=commands.EvaluateConfig)
+    store.store(name="serve_schema", node=commands.ServeConfig)
+    store.store(name="calibrate_schema", node=commands.CalibrateConfig)
+    store.store(name="import_pecos_schema", node=commands.ImportPecosConfig)
+    store.store(name="doctor_schema", node=commands.DoctorConfig)
+    store.store(name="plan_schema", node=commands.PlanConfig)
+    store.store(group="schema", name="counts", node=commands.CountsConfig)
+    store.store(name="tree_schema", node=commands.TreeShowConfig)
     for name, node in _GROUPS.items():
         if is_dataclass(node):
             store.store(group="schema", name=name, node=node)  # not group=name: schemas are no choices
@@ -150,14 +150,14 @@ def explain(error: Exception, config_name: str) -> str:
 def _all_keys(config_name: str) -> list[str]:
     roots: dict[str, Any] = {
         "train": schema.RunConfig,
-        "predict": schema.PredictConfig,
-        "evaluate": schema.EvaluateConfig,
-        "serve": schema.ServeConfig,
-        "calibrate": schema.CalibrateConfig,
-        "import_pecos": schema.ImportPecosConfig,
-        "doctor": schema.DoctorConfig,
-        "plan": schema.PlanConfig,
-        "tree_show": schema.TreeShowConfig,
+        "predict": commands.PredictConfig,
+        "evaluate": commands.EvaluateConfig,
+        "serve": commands.ServeConfig,
+        "calibrate": commands.CalibrateConfig,
+        "import_pecos": commands.ImportPecosConfig,
+        "doctor": commands.DoctorConfig,
+        "plan": commands.PlanConfig,
+        "tree_show": commands.TreeShowConfig,
     }
 
     return sorted(_keys(asdict(roots[config_name]())))

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xmcdist.config.commands import CalibrateConfig
 from xmcdist.config.errors import UserError
-from xmcdist.config.schema import CalibrateConfig
 from xmcdist.data.dataset import PreparedDataset
 from xmcdist.inference.beam import top_k_arrays
 from xmcdist.inference.calibration import METHODS, expected_calibration_error, fit_calibration

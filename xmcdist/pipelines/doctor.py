@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xmcdist.config.commands import DoctorConfig
 from xmcdist.config.errors import UserError
-from xmcdist.config.schema import DoctorConfig
 from xmcdist.observability.host import host_facts
 from xmcdist.parallel.collectives import barrier, gather_objects
 from xmcdist.parallel.launch import World

@@ -12,8 +12,9 @@ import numpy as np
 import scipy.sparse as sp
 
 from xmcdist.checkpoint.atomic import write_json
+from xmcdist.config.commands import EvaluateConfig
 from xmcdist.config.errors import UserError
-from xmcdist.config.schema import DatasetConfig, EvaluateConfig, EvaluationConfig
+from xmcdist.config.schema import DatasetConfig, EvaluationConfig
 from xmcdist.data.dataset import PreparedDataset
 from xmcdist.data.prepare import prepare
 from xmcdist.evaluation.metrics import MetricSums

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from xmcdist.checkpoint.atomic import no_space_is_clear, replace_folder, write_json
 from xmcdist.checkpoint.checksums import files_to_disk, seal_folder
+from xmcdist.config.commands import ImportPecosConfig
 from xmcdist.config.errors import UserError
-from xmcdist.config.schema import ImportPecosConfig
 from xmcdist.data.lines import byte_lines, decode
 from xmcdist.data.texts import TextWriter
 from xmcdist.inference.predictor import MODEL_FORMAT

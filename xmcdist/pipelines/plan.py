@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xmcdist.config.commands import CountsConfig, PlanConfig
 from xmcdist.config.errors import ConfigError, UserError
-from xmcdist.config.schema import CountsConfig, PlanConfig, RunConfig
+from xmcdist.config.schema import RunConfig
 from xmcdist.data.dataset import PreparedDataset
 from xmcdist.data.manifest import read_manifest
 from xmcdist.data.prepare import check_source, prepare

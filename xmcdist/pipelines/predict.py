@@ -13,8 +13,8 @@ from typing import Any, BinaryIO, NamedTuple
 import scipy.sparse as sp
 
 from xmcdist.checkpoint.atomic import no_space_is_clear
+from xmcdist.config.commands import PredictConfig
 from xmcdist.config.errors import UserError
-from xmcdist.config.schema import PredictConfig
 from xmcdist.data.lines import byte_lines, decode
 from xmcdist.inference.ensemble import Ensemble, open_model
 from xmcdist.inference.predictor import Prediction, Predictor

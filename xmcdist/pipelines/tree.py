@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from xmcdist.checkpoint.parts import write_csr
+from xmcdist.config.commands import TreeShowConfig
 from xmcdist.config.errors import UserError
-from xmcdist.config.schema import TreeConfig, TreeShowConfig
+from xmcdist.config.schema import TreeConfig
 from xmcdist.data.dataset import TextStore
 from xmcdist.pipelines.run import Run
 from xmcdist.sparse.features import Features

@@ -19,8 +19,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+from xmcdist.config.commands import ServeConfig
 from xmcdist.config.errors import ConfigError, UserError
-from xmcdist.config.schema import ServeConfig
 from xmcdist.serving.folders import count_labels
 from xmcdist.serving.limits import Limits
 
