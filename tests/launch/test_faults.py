@@ -13,6 +13,8 @@ import pytest
 from tests.helpers.launch import finish, free_port, kill_all, launch, rank_pid, start, start_node, wait_until
 from tests.helpers.toy import TINY_RUN, write_text_folder
 
+pytestmark = pytest.mark.waiting
+
 ARGS = [*TINY_RUN, "matcher.steps=[10,60]", "checkpoint.every_steps=5", "evaluation.linear_baseline=false"]
 ENDS_WITHIN_S = 240  # far more than it takes: for machines that are busy
 

@@ -158,6 +158,8 @@ SLEEPER = """
 import sys, time
 from pathlib import Path
 from xmcdist.training import preemption
+
+pytestmark = pytest.mark.waiting
 preemption._COPIES_WITHIN_S = 0.5
 with preemption.handled():
     preemption.begin(Path(sys.argv[1]), lambda text: print(text, flush=True))

@@ -23,7 +23,7 @@ from tests.helpers.toy import texts_and_labels
 from xmcdist.inference.calibration import fit_calibration
 from xmcdist.serving.server import listen
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.waiting]
 ROOT = Path(__file__).parents[2]
 WAIT_S = 90  # for what takes a few seconds on a machine that is not busy
 TEXTS = texts_and_labels(40, 40, seed=9)[0]
