@@ -27,6 +27,8 @@ from xmcdist.training import preemption
 from xmcdist.training.loop import train_level
 from xmcdist.training.preemption import Preempted
 
+pytestmark = pytest.mark.waiting
+
 ENDS_WITHIN_S = 240  # far more than it takes: for machines that are busy
 
 
@@ -158,8 +160,6 @@ SLEEPER = """
 import sys, time
 from pathlib import Path
 from xmcdist.training import preemption
-
-pytestmark = pytest.mark.waiting
 preemption._COPIES_WITHIN_S = 0.5
 with preemption.handled():
     preemption.begin(Path(sys.argv[1]), lambda text: print(text, flush=True))
