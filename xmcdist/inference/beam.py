@@ -34,7 +34,9 @@ from xmcdist.inference.steps import (
     root_rows,
     row_span,
     search_steps,
+    start_rows,
     to_csr,
+    widest_row,
 )
 from xmcdist.rankers.model import LinearTree
 from xmcdist.rankers.weights import LevelWeights
@@ -70,21 +72,27 @@ class Search:
         if not model.is_whole:
             raise ValueError("this is one rank's part of a model: search it with beam_search_sharded")
         self.steps = search_steps(model, beam, topk, post_processor, last_post_processor, upto_level)
-        last, tree = len(self.steps), model.tree
+        self.tree, self.first_level = model.tree, model.first_level
+        last, tree = model.first_level + len(self.steps) - 1, model.tree
         self.columns = tree.num_labels if last == tree.depth else tree.level_size(last)
         self._tables, self._most = Tables.of(self.steps), most_scores(self.steps, 1)
         self._root = root_rows(1, self.steps[0].post)
 
-    def __call__(self, features: Features, threads: int | None = None) -> sp.csr_matrix:
+    def __call__(
+        self, features: Features, threads: int | None = None, start: sp.csr_matrix | None = None
+    ) -> sp.csr_matrix:
         """The best labels of every document, as `beam_search` gives them."""
-        return to_csr(self.rows(features, threads), self.columns)
+        return to_csr(self.rows(features, threads, start), self.columns)
 
-    def rows(self, features: Features, threads: int | None = None) -> Rows:
+    def rows(self, features: Features, threads: int | None = None, start: sp.csr_matrix | None = None) -> Rows:
         """The same as arrays: where the labels of each document begin, labels, scores."""
         check_width(self.steps, features)
-        if features.num_rows == 1:
+        n = features.num_rows
+        if start is None and n == 1 and self.first_level == 1:
             return Block(features).descend(self._tables, self._root)
-        return _search(self._tables, features, root_rows(features.num_rows, self.steps[0].post), threads, self._most)
+        rows = start_rows(self.tree, self.first_level, start, n, self.steps[0].post)
+        most = self._most if start is None else most_scores(self.steps, widest_row(rows))
+        return _search(self._tables, features, rows, threads, most)
 
 
 _SEARCHES: WeakKeyDictionary[LinearTree, dict[tuple[Any, ...], Search]] = WeakKeyDictionary()
@@ -110,6 +118,7 @@ def beam_search(
     post_processor: str | None = None,
     last_post_processor: str | None = None,
     upto_level: int | None = None,
+    start: sp.csr_matrix | None = None,
     threads: int | None = None,
 ) -> sp.csr_matrix:
     """The best labels of every document.
@@ -124,6 +133,9 @@ def beam_search(
         last_post_processor: of the tree's last level; default the model's when
             ``post_processor`` is not given either, else the same as ``post_processor``.
         upto_level: stop at this level (1..T) and give its ``topk`` nodes.
+        start: ``[N, K]`` of the level above the model's first, where the search begins: stored
+            entries, 0 included, are the nodes, their values the scores that those of the
+            children are combined with.  None: the root.
         threads: default numba's.
 
     Returns:
@@ -136,7 +148,7 @@ def beam_search(
     Cost: a document and level, beam clusters times (its words found in the cluster times
     their weights, plus children times dense width).
     """
-    return prepared(model, beam, topk, post_processor, last_post_processor, upto_level)(features, threads)
+    return prepared(model, beam, topk, post_processor, last_post_processor, upto_level)(features, threads, start)
 
 
 def predict_level(

@@ -17,7 +17,7 @@ import numpy as np
 from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
-from xmcdist.inference.keep_kernels import keep_best, keep_given
+from xmcdist.inference.keep_kernels import EVERY, MEAN, keep_best, keep_every, keep_given, keep_mean
 from xmcdist.inference.native import pointer, prefetch, wide
 from xmcdist.observability.compiling import njit
 
@@ -30,7 +30,7 @@ Rows = tuple[I64, I64, F32]
 
 # Columns of the table of levels and of the table of parts; ``_at``: an address.
 LEVEL: tuple[str, ...] = ("child_ptr_at", "clusters", "ids_at", "num_ids", "keep", "kind", "power", "log")
-LEVEL += ("first_part", "last_part")
+LEVEL += ("first_part", "last_part", "merge")
 PART: tuple[str, ...] = ("first_cluster", "clusters", "num_dense", "cluster_ptr_at", "chunk_node_at", "chunk_ptr_at")
 PART += ("entry_start_at", "entry_offset_at", "feature_at", "child_at", "value_at", "dense_at", "bias_at")
 
@@ -333,7 +333,12 @@ def descend(
         child_ptr = carray(pointer(level[0], np.int64), (_ENDLESS,))
         labels = carray(pointer(level[2], np.int64), (level[3],))
         settings = (level[4], level[5], level[6], level[7])
-        ptr, ids, scores = keep_best(ptr, ids, scores, outs, child_ptr, raw, labels, settings)
+        if labels.size and level[10] == MEAN:
+            ptr, ids, scores = keep_mean(ptr, ids, scores, outs, child_ptr, raw, labels, settings)
+        elif level[10] == EVERY:
+            ptr, ids, scores = keep_every(ptr, ids, scores, outs, child_ptr, raw, settings)
+        else:
+            ptr, ids, scores = keep_best(ptr, ids, scores, outs, child_ptr, raw, labels, settings)
     return ptr, ids, scores
 
 

@@ -10,13 +10,17 @@ from numpy.typing import NDArray
 
 from xmcdist.observability.compiling import njit
 
-__all__ = ["HINGE", "NOOP", "SIGMOID", "keep_best", "keep_given"]
+__all__ = ["EVERY", "HINGE", "MAX", "MEAN", "NOOP", "SIGMOID", "keep_best", "keep_every", "keep_given", "keep_mean"]
 
 I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
 Settings = tuple[int, int, int, int]  # how many are kept; kind, power and log of the post-processor
 
 NOOP, SIGMOID, HINGE = 0, 1, 2
+
+# How the scores of a label's nodes become one: the largest, or the mean of those whose cluster
+# was kept; or every node goes on for itself, all of them, to be merged elsewhere.
+MAX, MEAN, EVERY = 0, 1, 2
 
 
 @njit(cache=True, nogil=True)
@@ -94,6 +98,95 @@ def keep_best(
             out_ids[start + j], out[start + j] = best_ids[j], best[j]
         out_ptr[i + 1] = start + kept
     return out_ptr, out_ids[: out_ptr[n]], out[: out_ptr[n]]
+
+
+@njit(cache=True, nogil=True)
+def keep_mean(
+    parent_ptr: I64,
+    parents: I64,
+    parent_scores: F32,
+    outs: I64,
+    child_ptr: I64,
+    outputs: F32,
+    labels: I64,
+    settings: Settings,
+) -> tuple[I64, I64, F32]:
+    """`keep_best` where a label counts by the mean score of its nodes below the kept parents.
+
+    A node that scores low may lower a label that scores high, so none is passed over.  A label's
+    scores are added up in float64 in the order of its nodes.
+    """
+    k, kind, power, log = settings
+    n = parent_ptr.size - 1
+    out_ptr = np.zeros(n + 1, np.int64)
+    room = min(n * k, outputs.size)
+    out_ids, out = np.empty(room, np.int64), np.empty(room, np.float32)
+    best_ids, best = np.empty(k, np.int64), np.empty(k, np.float32)
+    most: Any = np.int64(0)
+    for i in range(n):
+        most = max(most, outs[parent_ptr[i + 1]] - outs[parent_ptr[i]])
+    found, totals, copies = np.empty(most, np.int64), np.empty(most, np.float64), np.empty(most, np.int64)
+    slots: Any = np.int64(4)  # of a hash table: where a label stands in ``found``
+    while slots < 2 * most:
+        slots *= 2
+    table = np.empty(slots, np.int64)
+    for i in range(n):
+        slots = np.int64(4)
+        while slots < 2 * (outs[parent_ptr[i + 1]] - outs[parent_ptr[i]]):
+            slots *= 2
+        table[:slots] = -1
+        size: Any = np.int64(0)
+        for r in range(parent_ptr[i], parent_ptr[i + 1]):
+            p = parents[r]
+            for j in range(child_ptr[p + 1] - child_ptr[p]):
+                final = np.float32(_final(outputs[outs[r] + j], parent_scores[r], kind, power, log))
+                label = labels[child_ptr[p] + j]
+                at = (label * 2654435761) & (slots - 1)  # Knuth's multiplier; an empty place is always left
+                while table[at] >= 0 and found[table[at]] != label:
+                    at = (at + 1) & (slots - 1)
+                if table[at] < 0:
+                    table[at] = size
+                    found[size], totals[size], copies[size] = label, 0.0, 0
+                    size += 1
+                totals[table[at]] += np.float64(final)
+                copies[table[at]] += 1
+        kept: Any = np.int64(0)
+        for m in range(size):
+            mean = np.float32(totals[m] / copies[m])
+            if kept == k and (mean < best[k - 1] or (mean == best[k - 1] and found[m] > best_ids[k - 1])):
+                continue
+            kept = _insert(best_ids, best, kept, k, found[m], mean)
+        _sort_by_id(best_ids, best, kept)
+        start = out_ptr[i]
+        for j in range(kept):
+            out_ids[start + j], out[start + j] = best_ids[j], best[j]
+        out_ptr[i + 1] = start + kept
+    return out_ptr, out_ids[: out_ptr[n]], out[: out_ptr[n]]
+
+
+@njit(cache=True, nogil=True)
+def keep_every(
+    parent_ptr: I64,
+    parents: I64,
+    parent_scores: F32,
+    outs: I64,
+    child_ptr: I64,
+    outputs: F32,
+    settings: Settings,
+) -> tuple[I64, I64, F32]:
+    """Final scores of all children of each document's parents: nodes ascending within its row."""
+    _, kind, power, log = settings
+    n = parent_ptr.size - 1
+    out_ptr = np.empty(n + 1, np.int64)
+    for i in range(n + 1):
+        out_ptr[i] = outs[parent_ptr[i]]
+    out_ids, out = np.empty(outputs.size, np.int64), np.empty(outputs.size, np.float32)
+    for r in range(parents.size):
+        p = parents[r]
+        for j in range(child_ptr[p + 1] - child_ptr[p]):
+            out_ids[outs[r] + j] = child_ptr[p] + j
+            out[outs[r] + j] = np.float32(_final(outputs[outs[r] + j], parent_scores[r], kind, power, log))
+    return out_ptr, out_ids, out
 
 
 @njit(cache=True, nogil=True)

@@ -2,7 +2,9 @@
 
 A label's score is that of its path from the root, all of whose clusters are scored, however
 poorly they do; of a label in several clusters it is that of the best path.  So the labels a
-beam search finds have the scores it gives them, bit for bit.
+beam search finds have the scores it gives them, bit for bit.  Where a model takes the mean of
+a label's paths (``merge=mean``), it is that of all of them here, since all are scored; a beam
+search takes those that its beam holds, and gives the same bits where it holds all.
 
 Letters: N documents, L labels, S slots (nodes of the last level), K_t nodes of level t.
 """
@@ -17,11 +19,13 @@ from numpy.typing import NDArray
 
 from xmcdist.inference.steps import (
     Block,
+    Rows,
     Tables,
     check_width,
     each,
-    root_rows,
+    row_span,
     search_steps,
+    start_rows,
     workers,
 )
 from xmcdist.rankers.model import LinearTree
@@ -29,7 +33,7 @@ from xmcdist.sparse.csr import row_slice
 from xmcdist.sparse.features import Features
 from xmcdist.trees.label_tree import LabelTree
 
-__all__ = ["score_selected"]
+__all__ = ["nodes_above", "score_selected"]
 
 I64 = NDArray[np.int64]
 Ragged = tuple[I64, I64]  # indptr, ids ascending in a row
@@ -45,15 +49,18 @@ def score_selected(
     *,
     post_processor: str | None = None,
     last_post_processor: str | None = None,
+    start: sp.csr_matrix | None = None,
     threads: int | None = None,
 ) -> sp.csr_matrix:
     """Scores of the stored labels of every document.
 
     Args:
-        model: tree and rankers of all levels.
+        model: tree and rankers of all levels, or of all from its first.
         features: of N documents.
         selected: ``[N, L]``; its stored entries, whatever their values, are scored.
         post_processor: with ``last_post_processor`` and ``threads`` as of `beam_search`.
+        start: scores of nodes of the level above the model's first ``[N, K]``, among them those
+            of `nodes_above`; None where that is the root.
 
     Returns:
         ``[N, L]`` CSR float32 with the entries of ``selected``, labels ascending in a row.
@@ -65,16 +72,16 @@ def score_selected(
     labels.
     """
     tree = model.tree
-    if not model.is_whole or len(model.levels) != tree.depth:
+    if not model.is_whole or model.last_level != tree.depth:
         raise ValueError("only a whole model scores given labels, this is a part of one")
     steps = search_steps(model, 1, 1, post_processor, last_post_processor, None)
     check_width(steps, features)
     if selected.shape != (features.num_rows, tree.num_labels):
         raise ValueError(f"selected is {selected.shape}, must be {(features.num_rows, tree.num_labels)}")
     tables = [Tables.of([step]) for step in steps]
-    root = root_rows(1, steps[0].post)[2][0]
-    slots = _slots(model)
+    slots, first = _slots(model), model.first_level
     n = features.num_rows
+    known = start_rows(tree, first, start, n, steps[0].post)
     widest = max(int(np.diff(ptr).max(initial=1)) for ptr in tree.child_ptr)
     paths = max(int(np.diff(selected.indptr).max(initial=1)), 1) * int(np.diff(slots[0]).max(initial=1))
     docs = max(1, min(_BLOCK_DOCS, _BLOCK_SCORES // (widest * paths), -(-n // workers(threads))))
@@ -85,16 +92,42 @@ def score_selected(
         wanted.sum_duplicates()
         levels = _paths(tree, (wanted.indptr.astype(np.int64), wanted.indices.astype(np.int64)), slots)
         block = Block(features.rows(a, b))
-        scores = np.full(b - a, root, np.float32)
-        for table, above, (ptr, ids) in zip(tables, levels, levels[1:], strict=False):
+        scores = _scores_of(levels[first - 1], row_span(known, a, b))
+        for table, above, (ptr, ids) in zip(tables, levels[first - 1 :], levels[first:], strict=False):
             scores = block.score(table, (*above, scores), ptr, ids)
-        wanted.data = _best_of_slots(wanted, levels[-1], scores, tree)
+        wanted.data = _merge_slots(wanted, levels[-1], scores, tree, model.merge)
         return wanted
 
     done = each(run, range(0, n, docs), threads)
     if not done:
         return sp.csr_matrix(np.zeros(selected.shape, np.float32))
     return sp.csr_matrix(sp.vstack(done, format="csr"))
+
+
+def nodes_above(model: LinearTree, selected: sp.csr_matrix) -> sp.csr_matrix:
+    """Nodes of the level above the model's first on the paths to given labels: ones ``[N, K]``."""
+    wanted = selected.copy()
+    wanted.sum_duplicates()
+    given = (wanted.indptr.astype(np.int64), wanted.indices.astype(np.int64))
+    ptr, nodes = _paths(model.tree, given, _slots(model))[model.first_level - 1]
+    shape = (selected.shape[0], model.tree.level_size(model.first_level - 1))
+    return sp.csr_matrix((np.ones(nodes.size, np.float32), nodes, ptr), shape=shape)
+
+
+def _scores_of(wanted: Ragged, known: Rows) -> NDArray[np.float32]:
+    """Scores of given nodes among those that are known.
+
+    Raises:
+        ValueError: one is not known.
+    """
+    ptr, ids, scores = known
+    width = int(max(wanted[1].max(initial=0), ids.max(initial=0))) + 1
+    keys = np.repeat(np.arange(ptr.size - 1), np.diff(ptr)) * width + ids
+    asked = np.repeat(np.arange(wanted[0].size - 1), np.diff(wanted[0])) * width + wanted[1]
+    place = np.minimum(np.searchsorted(keys, asked), max(keys.size - 1, 0))
+    if asked.size and (not keys.size or np.any(keys[place] != asked)):
+        raise ValueError("start lacks the score of a node above a selected label")
+    return scores[place]
 
 
 _SLOTS: WeakKeyDictionary[LinearTree, Ragged] = WeakKeyDictionary()
@@ -132,13 +165,18 @@ def _unique(docs: I64, nodes: I64) -> tuple[I64, I64]:
     return docs[new], nodes[new]
 
 
-def _best_of_slots(
-    wanted: sp.csr_matrix, leaves: Ragged, scores: NDArray[np.float32], tree: LabelTree
+def _merge_slots(
+    wanted: sp.csr_matrix, leaves: Ragged, scores: NDArray[np.float32], tree: LabelTree, merge: str
 ) -> NDArray[np.float32]:
-    """Of each stored label of ``wanted`` the largest score of its slots."""
+    """Of each stored label of ``wanted`` the largest or the mean score of its slots."""
     docs = np.repeat(np.arange(leaves[0].size - 1), np.diff(leaves[0]))
     keys = docs * tree.num_labels + tree.labels[leaves[1]]
     rows = np.repeat(np.arange(wanted.shape[0]), np.diff(wanted.indptr))
+    place = np.searchsorted(rows * tree.num_labels + wanted.indices, keys)
+    if merge == "mean":  # added up in the order of the slots, as a beam search does
+        totals = np.bincount(place, scores.astype(np.float64), minlength=wanted.nnz)
+        mean: NDArray[np.float32] = (totals / np.bincount(place, minlength=wanted.nnz)).astype(np.float32)
+        return mean
     best = np.full(wanted.nnz, -np.inf, np.float32)
-    np.maximum.at(best, np.searchsorted(rows * tree.num_labels + wanted.indices, keys), scores)
+    np.maximum.at(best, place, scores)
     return best

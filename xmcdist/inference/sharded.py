@@ -15,6 +15,7 @@ Letters: W ranks, n documents of a block, D sparse and d dense features, k kept 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from xmcdist.inference.keep_kernels import EVERY, MEAN
 from xmcdist.inference.steps import (
     Block,
     Rows,
@@ -36,7 +38,9 @@ from xmcdist.inference.steps import (
     root_rows,
     row_span,
     search_steps,
+    start_rows,
     to_csr,
+    widest_row,
 )
 from xmcdist.parallel.collectives import all_gather_ragged, gather_objects
 from xmcdist.parallel.exchange import gather_csr, merge_rows
@@ -55,6 +59,7 @@ def beam_search_sharded(
     post_processor: str | None = None,
     last_post_processor: str | None = None,
     upto_level: int | None = None,
+    start: sp.csr_matrix | None = None,
     block: int = 1024,
     threads: int | None = None,
     group: dist.ProcessGroup | None = None,
@@ -66,6 +71,7 @@ def beam_search_sharded(
         features: of this rank's N documents; N may differ between ranks and be 0.
         beam: with ``topk``, ``post_processor``, ``last_post_processor``, ``upto_level`` and
             ``threads`` as in `xmcdist.inference.beam.beam_search`; equal on all ranks.
+        start: as in `beam_search`, of the own documents; on all ranks or on none.
         block: most documents a rank brings at a time; equal on all ranks.  All ranks take
             as many blocks as the one with most documents.
 
@@ -77,19 +83,22 @@ def beam_search_sharded(
         ValueError: features or settings do not fit the model.
 
     Cost: a rank's share of the scores.  Memory: W blocks' features.  Traffic: of a block its
-    features once, and at each level ``W k`` (id, score) pairs a document twice.
+    features once, and at each level ``W k`` (id, score) pairs a document twice; at the last level
+    all scored slots once, where a label counts by the mean of several.
     """
     steps = search_steps(model, beam, topk, post_processor, last_post_processor, upto_level)
     check_width(steps, features)
-    tree, last = model.tree, len(steps)
+    tree, last = model.tree, model.first_level + len(steps) - 1
     copies = int(np.bincount(tree.labels).max()) if last == tree.depth else 1
     n = features.num_rows
+    above = start_rows(tree, model.first_level, start, n, steps[0].post)
     counts = gather_objects(n, group)
     done = []
     for first in range(0, max(counts), block):
         sizes = [min(max(c - first, 0), block) for c in counts]
-        own = features.rows(min(first, n), min(first + block, n))
-        done.append(_descend(steps, _gather(own, group), sizes, copies, threads, group))
+        a, b = min(first, n), min(first + block, n)
+        rows = _gather_rows(row_span(above, a, b), group) if start is not None else root_rows(sum(sizes), steps[0].post)
+        done.append(_descend(steps, _gather(features.rows(a, b), group), rows, sizes, copies, threads, group))
     return to_csr(join_rows(done) if done else join_rows([(np.zeros(1, np.int64), *_nothing())]), _columns(model, last))
 
 
@@ -102,22 +111,29 @@ def _nothing() -> tuple[NDArray[np.int64], NDArray[np.float32]]:
 
 
 def _descend(
-    steps: Sequence[Step], features: Features, sizes: list[int], copies: int, threads: int | None, group: Any
+    steps: Sequence[Step],
+    features: Features,
+    rows: Rows,
+    sizes: list[int],
+    copies: int,
+    threads: int | None,
+    group: Any,
 ) -> Rows:
-    """One block of every rank, ``features`` of them all, from the root down; the own documents' best.
+    """One block of every rank, ``features`` of them all, from their nodes down; the own documents' best.
 
     Args:
+        rows: of the level above the first, of them all.
         sizes: documents of each rank, ``[W]``.
         copies: most nodes of the last level that stand for one label.
     """
     n = features.num_rows
-    docs = block_size(most_scores(steps, 1), n, threads)
+    docs = block_size(most_scores(steps, widest_row(rows)), n, threads)
     starts = range(0, n, docs)
     blocks = {a: Block(features.rows(a, min(a + docs, n))) for a in starts}
-    rows = root_rows(n, steps[0].post)
     for level, step in enumerate(steps, start=1):
         above = rows
-        tables = Tables.of([step])
+        mean = level == len(steps) and step.merge == MEAN and copies > 1
+        tables = Tables.of([replace(step, merge=EVERY) if mean else step])
 
         def score(a: int, tables: Tables = tables, above: Rows = above) -> Rows:
             return blocks[a].descend(tables, row_span(above, a, min(a + docs, n)))
@@ -125,6 +141,8 @@ def _descend(
         found = join_rows(each(score, starts, threads)) if n else above
         if level < len(steps):
             rows = _gather_rows(merge_rows(found, sizes, step.keep, group), group)
+        elif mean:  # a label's scores are added up in the order of its slots, whoever found them
+            rows = _mean(merge_rows(found, sizes, step.ids.size, group), step.ids, step.keep)
         elif copies == 1:
             rows = merge_rows(found, sizes, step.keep, group)
         else:  # a label may come from several ranks: enough that k different ones are left
@@ -146,6 +164,20 @@ def _once(rows: Rows, k: int) -> Rows:
     by_id = np.lexsort((ids[order], docs))
     lengths = np.bincount(docs, minlength=ptr.size - 1)
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), ids[order[by_id]], scores[order[by_id]]
+
+
+def _mean(rows: Rows, labels: NDArray[np.int64], k: int) -> Rows:
+    """From scores of slots, ascending in a document, to the mean score of each label; the best k of these."""
+    ptr, slots, scores = rows
+    docs = np.repeat(np.arange(ptr.size - 1), np.diff(ptr))
+    order = np.lexsort((slots, labels[slots], docs))
+    docs, ids, scores = docs[order], labels[slots[order]], scores[order]
+    first = np.ones(docs.size, bool)
+    first[1:] = (np.diff(docs) != 0) | (np.diff(ids) != 0)
+    place = np.cumsum(first) - 1
+    mean = (np.bincount(place, scores.astype(np.float64)) / np.bincount(place)).astype(np.float32)
+    lengths = np.bincount(docs[first], minlength=ptr.size - 1)
+    return _once((np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), ids[first], mean), k)
 
 
 def _gather(own: Features, group: Any) -> Features:

@@ -18,6 +18,7 @@ from xmcdist.inference.postprocess import PostProcessor
 from xmcdist.rankers.model import LinearTree
 from xmcdist.rankers.weights import LevelWeights
 from xmcdist.sparse.features import Features
+from xmcdist.trees.label_tree import LabelTree
 
 __all__ = [
     "Block",
@@ -32,7 +33,9 @@ __all__ = [
     "root_rows",
     "row_span",
     "search_steps",
+    "start_rows",
     "to_csr",
+    "widest_row",
 ]
 
 I64 = NDArray[np.int64]
@@ -45,6 +48,7 @@ _BLOCK_DOCS = 2048
 _LEAST_DOCS = 64  # fewer are not worth a thread: a cluster's weights should serve many
 _FEW_DOCS = 16  # fewer are not worth a table of all features
 _KINDS = {"noop": keep_kernels.NOOP, "sigmoid": keep_kernels.SIGMOID, "hinge": keep_kernels.HINGE}
+_MERGES = {"max": keep_kernels.MAX, "mean": keep_kernels.MEAN}
 _NO_IDS = np.zeros(0, np.int64)
 _WHOLE: NDArray[Any] = np.zeros(0, np.float32)
 _HALF: NDArray[Any] = np.zeros(0, np.uint16)
@@ -64,10 +68,17 @@ class Step:
     post: PostProcessor
     keep: int
     ids: I64  # labels of the nodes, or empty
+    merge: int = keep_kernels.MAX  # how the scores of a label's nodes become one
 
     @classmethod
     def of(
-        cls, level: LevelWeights, child_ptr: NDArray[np.int64], post: PostProcessor, keep: int, ids: I64 = _NO_IDS
+        cls,
+        level: LevelWeights,
+        child_ptr: NDArray[np.int64],
+        post: PostProcessor,
+        keep: int,
+        ids: I64 = _NO_IDS,
+        merge: str = "max",
     ) -> Step:
         """A level, or a range of its nodes.
 
@@ -75,13 +86,14 @@ class Step:
             child_ptr: ``[K+1]`` of the level in the tree.
             keep: nodes, or labels, kept a document.
             ids: labels of the level's nodes; empty: nodes stand for themselves.
+            merge: ``max`` or ``mean``: of the scores of a label's nodes.
         """
         if keep < 1:
             raise ValueError(f"beam and topk must be at least 1, not {keep}")
         own = child_ptr
         if level.num_nodes != child_ptr[-1]:
             own = np.clip(child_ptr, level.first_node, level.first_node + level.num_nodes)
-        return cls(level, np.ascontiguousarray(own, np.int64), post, min(keep, int(child_ptr[-1])), ids)
+        return cls(level, np.ascontiguousarray(own, np.int64), post, min(keep, int(child_ptr[-1])), ids, _MERGES[merge])
 
     def widest(self, beam: int) -> int:
         """Most scores one document can need here when it comes with ``beam`` clusters."""
@@ -93,7 +105,7 @@ class Step:
 class Tables:
     """Some levels of a search as the compiled loops want them."""
 
-    levels: I64  # [levels, 10], columns `beam_kernels.LEVEL`
+    levels: I64  # [levels, 11], columns `beam_kernels.LEVEL`
     parts: I64  # [parts, 13], columns `beam_kernels.PART`
     like: tuple[NDArray[Any], NDArray[Any]]  # empty, of the types of sparse and dense weights
     steps: tuple[Step, ...]  # own the arrays whose addresses are in the tables
@@ -112,7 +124,7 @@ class Tables:
             post, ids = step.post, step.ids
             place = [step.child_ptr.ctypes.data, step.child_ptr.size - 1, ids.ctypes.data, ids.size]
             kind = [step.keep, _KINDS[post.kind], post.power, int(post.log)]
-            levels.append([*place, *kind, first, len(parts)])
+            levels.append([*place, *kind, first, len(parts), step.merge])
         table = np.array(levels, np.int64).reshape(-1, len(kernels.LEVEL))
         part_table = np.array(parts, np.int64).reshape(-1, len(kernels.PART))
         return cls(table, part_table, _LIKE[steps[0].weights.dtype], tuple(steps))
@@ -157,18 +169,19 @@ def search_steps(
     Raises:
         ValueError: settings do not fit the model.
     """
-    depth = len(model.levels)
+    first, depth = model.first_level, model.last_level
     last = depth if upto_level is None else upto_level
-    if not 1 <= last <= depth:
-        raise ValueError(f"upto_level ({upto_level}) must be in [1, {depth}]")
+    if not first <= last <= depth:
+        raise ValueError(f"upto_level ({upto_level}) must be in [{first}, {depth}]")
     name = post_processor or model.post_processor
     last_name = last_post_processor or (model.last_post_processor if post_processor is None else None) or name
     tree, steps = model.tree, []
-    for t in range(1, last + 1):
+    for t in range(first, last + 1):
         is_leaf = t == tree.depth
         post = PostProcessor.named(last_name if is_leaf else name)
         ids = np.asarray(tree.labels, np.int64) if is_leaf else _NO_IDS
-        steps.append(Step.of(model.levels[t - 1], tree.child_ptr[t - 1], post, topk if t == last else beam, ids))
+        keep = topk if t == last else beam
+        steps.append(Step.of(model.levels[t - first], tree.child_ptr[t - 1], post, keep, ids, model.merge))
     return steps
 
 
@@ -190,6 +203,11 @@ def most_scores(steps: Sequence[Step], start: int) -> int:
     """Most scores one document can need on a level, when it comes with ``start`` nodes."""
     width = [start, *(step.keep for step in steps[:-1])]
     return max(1, *(step.widest(w) for step, w in zip(steps, width, strict=True)))
+
+
+def widest_row(rows: Rows) -> int:
+    """Most nodes a document has, at least 1."""
+    return int(np.diff(rows[0]).max(initial=1))
 
 
 def block_size(most: int, docs: int, threads: int | None) -> int:
@@ -219,6 +237,33 @@ def each(run: Callable[[int], T], starts: range, threads: int | None) -> list[T]
 def root_rows(n: int, post: PostProcessor) -> Rows:
     """Every document at the root."""
     return np.arange(n + 1), np.zeros(n, np.int64), np.full(n, post.root_score, np.float32)
+
+
+def start_rows(tree: LabelTree, first_level: int, start: sp.csr_matrix | None, n: int, post: PostProcessor) -> Rows:
+    """Where a search of n documents begins: at nodes that were found, or at the root.
+
+    Args:
+        first_level: of the search.
+        start: ``[n, K]`` of the level above; stored entries, 0 included, are the nodes.  None:
+            the root.
+        post: of the first level.
+
+    Raises:
+        ValueError: the search begins below the root and no nodes are given, or another number
+            of documents or nodes.
+    """
+    if start is None:
+        if first_level > 1:
+            raise ValueError(
+                f"the rankers begin at level {first_level}: give the nodes of level {first_level - 1} "
+                "that each document starts from"
+            )
+        return root_rows(n, post)
+    must = (n, tree.level_size(first_level - 1))
+    if start.shape != must:
+        raise ValueError(f"start is {start.shape}, must be {must}")
+    kept = start if start.has_sorted_indices else start.sorted_indices()
+    return kept.indptr, kept.indices, kept.data  # cast block by block
 
 
 def row_span(rows: Rows, a: int, b: int) -> Rows:
