@@ -39,6 +39,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "ranker.post_processor": POST_PROCESSORS,
     "ranker.features": ("both", "sparse", "dense"),
     "ranker.tree_start": ("tree", "random"),
+    "ranker.clusters_by": ("rankers", "matcher"),
     "ranker.negative_weight": ("none", "score"),
     "ranker.weights_dtype": ("float32", "mixed", "float16"),
     "ranker.device": ("auto", "cpu", "cuda"),
@@ -115,6 +116,7 @@ def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
         (e.layers is not None and e.layers < 1, f"encoder.layers={e.layers} must be at least 1, or null for all"),
         (e.dropout is not None and not 0 <= e.dropout < 1, f"encoder.dropout={e.dropout} must be in [0, 1)"),
         (e.preset == "none" and r.features == "dense", "ranker.features=dense needs an encoder; encoder=none has none"),
+        *((r.clusters_by == "matcher" and bad, text) for bad, text in _found_by_matcher(cfg)),
         (not ngrams, "features.word_ngrams and features.char_ngrams are both null: set one"),
         *(
             (len(g) != 2 or not 1 <= g[0] <= g[1], f"features.{n}_ngrams={g} must be [shortest, longest]")
@@ -204,6 +206,37 @@ def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
             cfg.engine.deepspeed_config is not None and not cfg.engine.name.startswith("zero"),
             f"engine.deepspeed_config has no effect on engine={cfg.engine.name}: use engine=zero1, zero2, zero3 or "
             "zero3_offload",
+        ),
+    ]
+
+
+def _found_by_matcher(cfg: RunConfig) -> list[tuple[bool, str]]:
+    """What `ranker.clusters_by=matcher` cannot be together with."""
+    tree, own = cfg.tree, cfg.ranker_tree
+    reason = "with ranker.clusters_by=matcher, where the rankers follow `tree`, whose clusters the matcher learnt"
+    return [
+        (
+            cfg.encoder.preset == "none",
+            "ranker.clusters_by=matcher needs an encoder, whose head finds the clusters; encoder=none has none",
+        ),
+        (
+            cfg.ranker.tree_start != "tree",
+            f"ranker.tree_start={cfg.ranker.tree_start} has no effect {reason}: leave it out",
+        ),
+        *(
+            (
+                getattr(own, name) is not None,
+                f"ranker_tree.{name}={getattr(own, name)} has no effect {reason}: set tree.{name} instead",
+            )
+            for name in ("path", "label_features")
+        ),
+        *(
+            (
+                getattr(own, name) != getattr(tree, name),
+                f"ranker_tree.{name}={getattr(own, name)} has no effect {reason}: leave it as "
+                f"tree.{name}={getattr(tree, name)}",
+            )
+            for name in ("nr_splits", "max_leaf_size")
         ),
     ]
 

@@ -157,6 +157,7 @@ class RankerConfig:
     post_processor: str = "l3-hinge"
     last_post_processor: str | None = None  # null: as post_processor; noop ranks by the raw leaf score
     features: str = "both"  # both | sparse | dense: TF-IDF, embedding, or their concatenation
+    clusters_by: str = "rankers"  # rankers | matcher: what finds a document's clusters at prediction
     tree_start: str = "tree"  # tree | random: what the refined tree's k-means starts from
     device: str = "auto"  # auto | cpu | cuda: auto takes a GPU when there is one and it has the solver
 

@@ -23,6 +23,7 @@ from xmcdist.data.dataset import TextStore
 from xmcdist.features.tfidf import Tfidf
 from xmcdist.inference.beam import beam_search, top_k_arrays
 from xmcdist.inference.calibration import Calibration
+from xmcdist.inference.cluster_matcher import ClusterMatcher
 from xmcdist.inference.selected import score_selected
 from xmcdist.rankers.model import LinearTree
 from xmcdist.sparse.csr import as_csr, unit_rows
@@ -74,12 +75,13 @@ class Predictor:
         tfidf: Path | None,
         embedder: TextEmbedder | None,
         *,
+        matcher: ClusterMatcher | None = None,
         calibration: Calibration | None = None,
         is_part: bool = False,
     ) -> None:
         self.rankers, self.label_texts, self.label_frequency = rankers, label_texts, label_frequency
         self.meta, self.embedder = meta, embedder
-        self._tfidf_folder = tfidf
+        self._tfidf_folder, self.matcher = tfidf, matcher
         self.calibration, self.is_part = calibration, is_part
 
     @classmethod
@@ -119,9 +121,13 @@ class Predictor:
             from xmcdist.encoders.embed import TextEmbedder
 
             embedder = TextEmbedder.load(folder / "encoder", trust_remote_code=trust_remote_code)
+        matcher = None
         try:
             rankers = LinearTree.load(folder / "rankers", verify=verify)
             rankers = rankers.part(*part) if part[1] > 1 else rankers
+            if meta.get("clusters_by", "rankers") == "matcher":
+                matcher = ClusterMatcher.load(folder / "matcher", verify=verify)
+                matcher = matcher.part(*part) if part[1] > 1 else matcher
         except ValueError as error:
             raise UserError(str(error)) from error
         return cls(
@@ -131,6 +137,7 @@ class Predictor:
             meta,
             folder / "tfidf" if meta["tfidf"] else None,
             embedder,
+            matcher=matcher,
             calibration=Calibration.load(folder),
             is_part=part[1] > 1,
         )
@@ -208,9 +215,15 @@ class Predictor:
             seen: TF-IDF of these texts by vocabulary, looked up and added to: models that are
                 asked about the same texts and have the same vocabulary count words once.
         """
-        read = self._features(texts, features, {} if seen is None else seen)
+        read, E = self._features(texts, features, {} if seen is None else seen)
+        start = None
         if selected is not None:
-            return score_selected(self.rankers, read, selected)
+            if self.matcher is not None and E is not None:
+                start = self.matcher.scores_above(E, self.rankers, selected)
+            return score_selected(self.rankers, read, selected, start=start)
+        beam = beam or self.meta["beam"]
+        if self.matcher is not None and E is not None:
+            start = self.matcher.clusters(E, beam)
         search = beam_search
         if self.is_part:
             from xmcdist.inference.sharded import beam_search_sharded
@@ -219,15 +232,17 @@ class Predictor:
         return search(
             self.rankers,
             read,
-            beam=beam or self.meta["beam"],
+            beam=beam,
             topk=k,
             post_processor=self.rankers.post_processor,
             last_post_processor=self.rankers.last_post_processor,
+            start=start,
         )
 
     def _features(
         self, texts: Sequence[str] | None, given: sp.csr_matrix | None, seen: dict[str, sp.csr_matrix]
-    ) -> Features:
+    ) -> tuple[Features, NDArray[np.float32] | None]:
+        """What the rankers read, and the embeddings ``[n, d]`` as the encoder gives them, where it does."""
         if isinstance(texts, str):
             raise UserError("predict takes a list of texts; write predict([text])")
         if self.wants_text and texts is None:
@@ -235,19 +250,18 @@ class Predictor:
         count = len(texts or [])
         if given is not None and self.wants_features and (count or self.wants_text) and count != given.shape[0]:
             raise UserError(f"{count} texts and {given.shape[0]} rows of features")
-        sparse = dense = None
+        sparse = E = None
         if self.tfidf is not None and self.rankers.num_sparse:
             if self.tfidf.fingerprint not in seen:
                 seen[self.tfidf.fingerprint] = self.tfidf.transform(texts or [])
             sparse = seen[self.tfidf.fingerprint]
         elif self.wants_features:
             sparse = self._given(given)
-        if self.embedder is not None and self.rankers.num_dense:
-            if texts:
-                dense = unit_vectors(self.embedder(list(texts)))
-            else:
-                dense = np.zeros((0, self.rankers.num_dense), np.float32)
-        return Features(sparse=sparse, dense=dense)
+        width = self.rankers.num_dense if self.matcher is None else self.matcher.head.num_dense
+        if self.embedder is not None and width:
+            E = self.embedder(list(texts)) if texts else np.zeros((0, width), np.float32)
+        dense = unit_vectors(E) if E is not None and self.rankers.num_dense else None
+        return Features(sparse=sparse, dense=dense), E
 
     def _given(self, features: sp.csr_matrix | None) -> sp.csr_matrix:
         """Given features as the rankers were trained on them."""

@@ -262,7 +262,7 @@ def start_rows(tree: LabelTree, first_level: int, start: sp.csr_matrix | None, n
     must = (n, tree.level_size(first_level - 1))
     if start.shape != must:
         raise ValueError(f"start is {start.shape}, must be {must}")
-    kept = start if start.has_sorted_indices else start.sorted_indices()
+    kept: Any = start if start.has_sorted_indices else start.sorted_indices()
     return kept.indptr, kept.indices, kept.data  # cast block by block
 
 

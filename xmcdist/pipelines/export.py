@@ -24,19 +24,23 @@ from xmcdist.rankers.model import LinearTree
 __all__ = ["export_stage", "trained_on"]
 
 
-def export_stage(run: Run, rankers: LinearTree, encoder: Path | None, sparse: bool) -> Path:
+def export_stage(
+    run: Run, rankers: LinearTree, encoder: Path | None, sparse: bool, matcher: Path | None = None
+) -> Path:
     """Write ``RUN/model``; skipped when it was made from the same rankers.
 
     Args:
         rankers: over the tree whose leaves are labels.
         encoder: folder of the fine-tuned encoder and its tokenizer; None without one.
         sparse: the rankers read TF-IDF columns, so the vocabulary travels along.
+        matcher: folder of the head that finds the clusters above the rankers; None where
+            rankers find them.
     """
     last = list(run.stages.prints)[-1]
 
     def body(folder: Path) -> None:
         if run.world.is_main:
-            _write(run, rankers, encoder, sparse, folder / "model")
+            _write(run, rankers, encoder, sparse, matcher, folder / "model")
 
     stage = run.stages.run("export", run.inputs("ranker", after=(last,), beam=run.cfg.ranker.beam), body)
     model = Path(run.cfg.run_dir) / "model"
@@ -60,7 +64,9 @@ def _put(run: Run, source: Path, model: Path) -> None:
     _link(source, model, added)
 
 
-def _write(run: Run, rankers: LinearTree, encoder: Path | None, sparse: bool, model: Path) -> None:
+def _write(
+    run: Run, rankers: LinearTree, encoder: Path | None, sparse: bool, matcher: Path | None, model: Path
+) -> None:
     shutil.rmtree(model, ignore_errors=True)  # of a run that ended within this
     model.mkdir()
     rankers.save(model / "rankers")
@@ -70,6 +76,8 @@ def _write(run: Run, rankers: LinearTree, encoder: Path | None, sparse: bool, mo
         _link(tfidf, model / "tfidf")
     if encoder is not None:
         _link(encoder, model / "encoder")
+    if matcher is not None:
+        _link(matcher, model / "matcher")
     for path in prepared_folder(run.cfg).glob("label_texts.*"):
         shutil.copy2(path, model / path.name)
     np.save(model / "label_frequency.npy", label_frequency(run.data.Y("trn")))
@@ -77,6 +85,7 @@ def _write(run: Run, rankers: LinearTree, encoder: Path | None, sparse: bool, mo
         "format": MODEL_FORMAT,
         "tfidf": with_tfidf,
         "encoder": encoder is not None,
+        "clusters_by": "rankers" if matcher is None else "matcher",
         "beam": run.cfg.ranker.beam,
         "num_train": run.data.num_docs("trn"),
         "num_labels": run.data.num_labels,

@@ -8,7 +8,11 @@ from typing import TypeVar
 import numpy as np
 import scipy.sparse as sp
 
-__all__ = ["per_level", "root_rows"]
+from xmcdist.config.errors import UserError
+from xmcdist.config.schema import RunConfig
+from xmcdist.trees.label_tree import LabelTree
+
+__all__ = ["matched_levels", "per_level", "root_rows"]
 
 V = TypeVar("V")
 
@@ -16,6 +20,31 @@ V = TypeVar("V")
 def per_level(values: Sequence[V], t: int) -> V:
     """The setting of level ``t`` (from 1): a list shorter than the tree repeats its last value."""
     return values[min(t, len(values)) - 1]
+
+
+def matched_levels(cfg: RunConfig, tree: LabelTree) -> int:
+    """How many levels, from the first, the encoder is fine-tuned on.
+
+    Those of at most ``matcher.max_clusters`` nodes; where the matcher finds the clusters at
+    prediction (``ranker.clusters_by=matcher``), never the labels' own, which rankers score.
+
+    Raises:
+        UserError: there is none.
+    """
+    most = cfg.matcher.max_clusters
+    by_matcher = cfg.ranker.clusters_by == "matcher"
+    if by_matcher and tree.depth == 1:
+        raise UserError(
+            "ranker.clusters_by=matcher needs clusters above the labels, and the tree has none: lower "
+            "tree.max_leaf_size, or give a tree.path with a level of clusters"
+        )
+    if tree.level_size(1) > most:
+        raise UserError(
+            f"matcher.max_clusters={most} is below the {tree.level_size(1)} nodes of the first "
+            "level, so there is nothing to fine-tune: raise it, or lower tree.nr_splits"
+        )
+    last = tree.depth - 1 if by_matcher else tree.depth
+    return max(t for t in range(1, last + 1) if tree.level_size(t) <= most)
 
 
 def root_rows(rows: int) -> sp.csr_matrix:

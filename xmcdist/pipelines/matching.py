@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from xmcdist.checkpoint.parts import write_csr, write_rows
 from xmcdist.checkpoint.train_state import StateStore, load_state
-from xmcdist.config.errors import UserError
+from xmcdist.config.schema import RunConfig
 from xmcdist.data.batches import GlobalBatches
 from xmcdist.data.tokens import TokenShards, write_tokens
 from xmcdist.encoders.embed import embed
 from xmcdist.encoders.hf import Encoder, encode_fn, encoder_fingerprint, load_encoder, load_tokenizer
 from xmcdist.encoders.tokenizer import open_tokenizer
+from xmcdist.inference.cluster_matcher import ClusterMatcher
 from xmcdist.matchers.candidates import CandidateSource
 from xmcdist.matchers.head import ShardedHead
 from xmcdist.matchers.predict import post_processor_of, predict_level
@@ -28,7 +29,7 @@ from xmcdist.parallel.visible import seen_by_all
 from xmcdist.pipelines.hard_negatives import active_of_level, report_level
 from xmcdist.pipelines.interruptible import tell_nonfinite
 from xmcdist.pipelines.level_log import LevelLog, beam_metrics, steps_before
-from xmcdist.pipelines.levels import per_level, root_rows
+from xmcdist.pipelines.levels import matched_levels, per_level, root_rows
 from xmcdist.pipelines.precision import decide_precision
 from xmcdist.pipelines.run import Run
 from xmcdist.rankers.solver import SolverParams, solve_level
@@ -53,15 +54,12 @@ def match_stages(run: Run, tree_folder: Path) -> Path:
 
     Returns:
         The committed ``embed`` stage: ``E.trn.npy`` and ``E.tst.npy`` (unit rows ``[N, d]``
-        float32) and ``encoder/``.
+        float32) and ``encoder/``.  Where the matcher finds the clusters at prediction, also
+        its head as `ClusterMatcher` reads it (``matcher/``), and the test embeddings that it
+        takes, which are not of unit length (``raw.tst.npy``).
     """
     tree = LabelTree.load(tree_folder / "tree")
-    levels = [t for t in range(1, tree.depth + 1) if tree.level_size(t) <= run.cfg.matcher.max_clusters]
-    if not levels:
-        raise UserError(
-            f"matcher.max_clusters={run.cfg.matcher.max_clusters} is below the {tree.level_size(1)} nodes of the first "
-            "level, so there is nothing to fine-tune: raise it, or lower tree.nr_splits"
-        )
+    last = matched_levels(run.cfg, tree)
     tokens = _tokens_stage(run)
 
     @functools.cache
@@ -69,11 +67,11 @@ def match_stages(run: Run, tree_folder: Path) -> Path:
         return open_engine(replace(run.cfg.engine, precision=decide_precision(run)), run.mesh)
 
     above: Path | None = None
-    for t in levels:
-        above = _Level(run, engine, tree, tree_folder, tokens, t, above, levels[-1]).stage()
+    for t in range(1, last + 1):
+        above = _Level(run, engine, tree, tree_folder, tokens, t, above, last).stage()
     if above is None:
-        raise AssertionError("levels is not empty")
-    return _embed_stage(run, engine, tokens, above, levels[-1])
+        raise AssertionError("there is a level")
+    return _embed_stage(run, engine, tokens, above, last, tree)
 
 
 def _tokens_stage(run: Run) -> Path:
@@ -269,8 +267,12 @@ class _Level:
         return found["beam_recall"]
 
 
-def _embed_stage(run: Run, engine: Callable[[], Engine], tokens_folder: Path, last: Path, level: int) -> Path:
-    """Unit embeddings of all documents by the finished encoder."""
+def _embed_stage(
+    run: Run, engine: Callable[[], Engine], tokens_folder: Path, last: Path, level: int, tree: LabelTree
+) -> Path:
+    """Unit embeddings of all documents by the finished encoder; see `match_stages`."""
+    by_matcher = run.cfg.ranker.clusters_by == "matcher"
+    post_processor = _score_for_rankers(run.cfg, is_above_labels=level + 1 == tree.depth)
 
     def body(folder: Path) -> None:
         encoder = _open_encoder(run, last).to(engine().device)
@@ -281,11 +283,31 @@ def _embed_stage(run: Run, engine: Callable[[], Engine], tokens_folder: Path, la
                 part = np.load(last / "E.npy", mmap_mode="r", allow_pickle=False)[start:stop]
             else:
                 part = _embed(run, encoder, tokens, np.arange(start, stop))
+                if by_matcher:
+                    write_rows(folder / "raw.tst.npy", part, run.world)
             write_rows(folder / f"E.{split}.npy", unit_vectors(part), run.world)
         if run.world.is_main:
             encoder.save(folder / "encoder", _open_tokenizer(run, tokens_folder))
+            if by_matcher:
+                stages = [last.with_name(f"match-{t}") for t in range(1, level + 1)]
+                rows = [_head_rows(stage) for stage in stages]
+                ClusterMatcher.from_rows(tree, rows, post_processor).save(folder / "matcher")
 
-    return run.stages.run("embed", run.inputs(after=("tokens", f"match-{level}")), body)
+    made_for = {"matcher": post_processor} if by_matcher else {}
+    return run.stages.run("embed", run.inputs(after=("tokens", f"match-{level}"), **made_for), body)
+
+
+def _score_for_rankers(cfg: RunConfig, is_above_labels: bool) -> str:
+    """The head's post-processor: that of training, as a logarithm where the rankers below add theirs to it."""
+    below = (cfg.ranker.last_post_processor if is_above_labels else None) or cfg.ranker.post_processor
+    own = post_processor_of(cfg.matcher.loss)
+    return f"log-{own}" if below.startswith("log-") else own
+
+
+def _head_rows(stage: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Weights ``[K, d]`` and bias terms ``[K]`` of a finished level, memory-mapped."""
+    W, b = (np.load(stage / name, mmap_mode="r", allow_pickle=False) for name in ("head.npy", "bias.npy"))
+    return W, b
 
 
 def _embed(run: Run, encoder: Encoder, tokens: TokenShards, ids: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -37,26 +37,37 @@ _BALANCED = 1.25  # CPU seconds of the busiest rank over the mean, above which a
 _WORTH_TELLING_S = 1.0
 
 
-def rank_stages(run: Run, prefix: str, features: Features, tree_folder: Path, after: tuple[str, ...]) -> LinearTree:
-    """Train the rankers of every level, each level a stage of its own.
+def rank_stages(
+    run: Run,
+    prefix: str,
+    features: Features,
+    tree_folder: Path,
+    after: tuple[str, ...],
+    first_level: int = 1,
+    above: Path | None = None,
+) -> LinearTree:
+    """Train the rankers of every level, or of those below a matcher's, each level a stage of its own.
 
     Args:
-        prefix: stage names are ``<prefix>-1`` .. ``<prefix>-T``.
+        prefix: stage names are ``<prefix>-<level>``.
         features: of the training documents ``[N, D]`` and/or ``[N, d]``.
         tree_folder: a committed tree stage.
-        after: stages that made tree and features.
+        after: stages that made tree, features and ``above``.
+        first_level: that gets rankers.
+        above: where it is not 1, the stage of what finds the clusters of the level above: its
+            ``P [N, K]`` is what they retrieve for the training documents, with scores in [0, 1].
 
     Returns:
-        The model over all levels, memory-mapped.
+        The model over these levels, memory-mapped.
     """
     tree = LabelTree.load(tree_folder / "tree")
     r = run.cfg.ranker
     device = ranker_device(r.device, _solver_params(run, 1).solver, run.world.local_rank, run.log.say)
-    above: Path | None = None
     levels = []
-    for t in range(1, tree.depth + 1):
+    for t in range(first_level, tree.depth + 1):
         name = f"{prefix}-{t}"
-        above = _level_stage(run, name, t, features, tree, tree_folder, above, after, device)
+        by_rankers = t > first_level
+        above = _level_stage(run, name, t, features, tree, tree_folder, above, by_rankers, after, device)
         after = (*after, name)
         levels.append(LevelWeights.load(above / "weights"))
     return LinearTree(
@@ -67,6 +78,7 @@ def rank_stages(run: Run, prefix: str, features: Features, tree_folder: Path, af
         bias=r.bias,
         post_processor=r.post_processor,
         last_post_processor=r.last_post_processor or r.post_processor,
+        first_level=first_level,
     )
 
 
@@ -78,6 +90,7 @@ def _level_stage(
     tree: LabelTree,
     tree_folder: Path,
     above: Path | None,
+    by_rankers: bool,
     after: tuple[str, ...],
     device: torch.device | None,
 ) -> Path:
@@ -118,7 +131,7 @@ def _level_stage(
         _tell_balance(run, name, t, folder, seconds)
         seen_by_all(folder, run.world)
         if later_is_man:
-            _predict(run, folder, features, child_ptr, above)
+            _predict(run, folder, features, child_ptr, above, by_rankers)
 
     return run.stages.run(name, run.inputs("ranker", "seed", after=after, level=t), body)
 
@@ -140,12 +153,25 @@ def _solver_params(run: Run, t: int) -> SolverParams:
     )
 
 
-def _predict(run: Run, folder: Path, features: Features, child_ptr: NDArray[np.int64], above: Path | None) -> None:
-    """P [N, K_t]: what the rankers so far retrieve for each training document; own rows a rank."""
-    cfg = run.cfg.ranker
+def _predict(
+    run: Run,
+    folder: Path,
+    features: Features,
+    child_ptr: NDArray[np.int64],
+    above: Path | None,
+    by_rankers: bool,
+) -> None:
+    """P [N, K_t]: what matcher and rankers so far retrieve for each training document; own rows a rank.
+
+    Args:
+        by_rankers: ``above`` is a stage of rankers, not of the matcher.
+    """
+    cfg, post = run.cfg.ranker, PostProcessor.named(run.cfg.ranker.post_processor)
     start, stop = run.own(features.num_rows)
-    root = root_rows(stop - start) * PostProcessor.named(cfg.post_processor).root_score
+    root = root_rows(stop - start) * post.root_score
     parents = root if above is None else open_csr(above / "P")[start:stop]
+    if above is not None and not by_rankers and post.log:  # the matcher's probabilities are no logarithms
+        parents.data = np.log(np.maximum(parents.data, np.finfo(np.float32).tiny))
     P = predict_level(
         LevelWeights.load(folder / "weights"),
         features.rows(start, stop),

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from xmcdist.checkpoint.atomic import write_json
 from xmcdist.checkpoint.run_lock import held
@@ -20,6 +22,7 @@ from xmcdist.config.errors import UserError
 from xmcdist.config.schema import RunConfig
 from xmcdist.evaluation.table import format_table
 from xmcdist.inference.beam import beam_search
+from xmcdist.inference.cluster_matcher import ClusterMatcher
 from xmcdist.observability.environment import peak_memory_mb, versions
 from xmcdist.observability.log import RunLog
 from xmcdist.observability.origin import command_line, git_commit, hardware
@@ -32,6 +35,7 @@ from xmcdist.pipelines.evaluation import TABLE_KEYS, label_frequency, measure
 from xmcdist.pipelines.export import export_stage
 from xmcdist.pipelines.features import features_stage
 from xmcdist.pipelines.interruptible import InterruptibleStages
+from xmcdist.pipelines.label_embedding import check_label_embedding
 from xmcdist.pipelines.prepare import prepare_data
 from xmcdist.pipelines.ranking import rank_stages
 from xmcdist.pipelines.report import draw_report
@@ -95,6 +99,7 @@ def _train(cfg: RunConfig, world: World, log: RunLog, guard: Callable[[], None])
     stages.remember(settings)
     stages.seconds["prepare"] = time.perf_counter() - started
     run = Run(cfg, world, log, stages, data, mesh)
+    check_label_embedding(run)
     _start_trackers(run)
     log.metrics({"stage": "prepare", "seconds": round(stages.seconds["prepare"], 3)}, once=True)
     stages.told = lambda name, seconds: log.metrics({"stage": name, "seconds": round(seconds, 3)})
@@ -157,32 +162,53 @@ def _stages(run: Run) -> tuple[dict[str, float], dict[str, float]] | None:
     use_sparse, use_dense = cfg.ranker.features != "dense", cfg.ranker.features != "sparse"
     features = Features(sparse=X if use_sparse else None, dense=dense if use_dense else None)
     after = ("features", "tree", "embed")
-    start = tree if cfg.ranker.tree_start == "tree" else None
-    refined = tree_stage(run, "ranker_tree", cfg.ranker_tree, features, after=after, start=start)
-    log_cluster_sizes(run, refined)
-    rankers = rank_stages(run, "rank", features, refined, after=(*after, "ranker_tree"))
+    matcher = ClusterMatcher.load(matched / "matcher") if cfg.ranker.clusters_by == "matcher" else None
+    if matcher is not None:
+        last = matcher.num_levels
+        above = matched.with_name(f"match-{last}")
+        rankers = rank_stages(run, "rank", features, tree, after=after, first_level=last + 1, above=above)
+    else:
+        start = tree if cfg.ranker.tree_start == "tree" else None
+        refined = tree_stage(run, "ranker_tree", cfg.ranker_tree, features, after=after, start=start)
+        log_cluster_sizes(run, refined)
+        rankers = rank_stages(run, "rank", features, refined, after=(*after, "ranker_tree"))
     if cfg.until == "rank":
         return None
     metrics: dict[str, float] = {}
     if has_test:
         test = Features(sparse=X_test if use_sparse else None, dense=dense_test if use_dense else None)
-        metrics = _measure(run, rankers, test)
-    export_stage(run, rankers, encoder=matched / "encoder" if use_dense else None, sparse=use_sparse)
+        raw = np.load(matched / "raw.tst.npy", mmap_mode="r", allow_pickle=False) if matcher is not None else None
+        metrics = _measure(run, rankers, test, matcher, raw)
+    encoder = matched / "encoder" if use_dense or matcher is not None else None
+    export_stage(run, rankers, encoder, sparse=use_sparse, matcher=None if matcher is None else matched / "matcher")
     return metrics, baseline
 
 
-def _measure(run: Run, rankers: LinearTree, features: Features) -> dict[str, float]:
+def _measure(
+    run: Run,
+    rankers: LinearTree,
+    features: Features,
+    matcher: ClusterMatcher | None = None,
+    raw: NDArray[np.float32] | None = None,
+) -> dict[str, float]:
+    """Metrics on the test documents; where a matcher finds their clusters, from embeddings ``raw [N, d]``."""
     cfg = run.cfg
     Y = run.data.Y("trn")
-    return measure(
-        lambda start, stop: beam_search(
+
+    def predict(start: int, stop: int) -> sp.csr_matrix:
+        found = matcher.clusters(raw[start:stop], cfg.ranker.beam) if matcher is not None and raw is not None else None
+        return beam_search(
             rankers,
             features.rows(start, stop),
             beam=cfg.ranker.beam,
             topk=max(cfg.ranker.topk, *cfg.evaluation.ks),
             post_processor=rankers.post_processor,
             last_post_processor=rankers.last_post_processor,
-        ),
+            start=found,
+        )
+
+    return measure(
+        predict,
         run.data.Y("tst"),
         label_frequency(Y),
         Y.shape[0],
