@@ -7,9 +7,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from xmcdist.config.commands import GiantConfig
 from xmcdist.config.schema import RunConfig
 
-__all__ = ["POST_PROCESSORS", "UNTIL", "check_run"]
+__all__ = ["ENSEMBLES", "POST_PROCESSORS", "UNTIL", "check_giant", "check_run"]
 
 POST_PROCESSORS = (
     "noop",
@@ -96,7 +97,27 @@ def check_run(cfg: RunConfig, world_size: int) -> list[str]:
         if _get(cfg, field) < low
     ]
     faults += [text for bad, text in _together(cfg, world_size) if bad]
-    return faults
+    return faults + tree_faults(cfg)
+
+
+def check_giant(cfg: GiantConfig) -> list[str]:
+    """Every fault of the settings that giant has beside those of train, as sentences."""
+    g = cfg.graph
+    found = [
+        (cfg.encoder.preset == "none", "giant needs an encoder, whose embeddings it is for: leave encoder=none away"),
+        (
+            cfg.dataset.path != "none",
+            f"dataset.path={cfg.dataset.path} has no effect on giant: give graph.path, or graph.text and graph.edges",
+        ),
+        (g.max_degree < 2, f"graph.max_degree={g.max_degree} must be at least 2"),
+        (not 0 <= g.holdout < 1, f"graph.holdout={g.holdout} is a share of the edges, in [0, 1)"),
+        (not g.text_columns, "graph.text_columns is empty: name the column of the texts"),
+        (
+            g.edge_columns is not None and len(g.edge_columns) != 2,
+            f"graph.edge_columns={g.edge_columns} must be [source, target]",
+        ),
+    ]
+    return [text for bad, text in found if bad]
 
 
 def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:

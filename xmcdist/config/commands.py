@@ -12,6 +12,9 @@ __all__ = [
     "CountsConfig",
     "DoctorConfig",
     "EvaluateConfig",
+    "GiantClassifyConfig",
+    "GiantConfig",
+    "GraphConfig",
     "ImportPecosConfig",
     "PlanConfig",
     "PredictConfig",
@@ -60,6 +63,52 @@ class PlanConfig:
     counts: CountsConfig = field(default_factory=CountsConfig)
     output: str | None = None  # JSON file for all figures; null: only printed
     scaling: bool = False  # print the tables of docs/scaling.md instead
+
+
+@dataclass
+class GraphConfig:
+    """A graph whose nodes have texts, and which of its edges are learnt from."""
+
+    path: str | None = None  # folder of the Open Graph Benchmark (raw/, mapping/, split/); null: text and edges
+    text: Any = None  # file of the nodes' texts, or a list: .txt with a node a line, or jsonl, csv, parquet
+    edges: str | None = None  # .npz adjacency, .npy [2, E], .csv, .tsv or .parquet of two columns
+    text_columns: list[str] = field(default_factory=lambda: ["text"])  # jsonl, csv, parquet: joined by a space
+    id_column: str | None = None  # the same: how edges name the node; null: by its number, from 0
+    edge_columns: list[str] | None = None  # csv, parquet: [source, target]; null: the first two
+    max_degree: int = 1000  # nodes with as many neighbours are no training documents, but stay labels
+    holdout: float = 0.0  # share of the edges kept from training, to measure how well neighbours are found
+    rewired: bool = False  # negative control: every node keeps its degree, and gets other neighbours at random
+
+
+@dataclass
+class GiantConfig(RunConfig):
+    """Embeddings of a graph's nodes: its own settings, beside all those of train."""
+
+    graph: GraphConfig = field(default_factory=GraphConfig)
+
+
+@dataclass
+class GiantClassifyConfig:
+    """Classify nodes by embeddings: how good they are."""
+
+    embeddings: str = "???"  # what giant wrote (RUN/embeddings), or any .npy [n, d] or .npz [n, D]
+    classes: str | None = None  # a class a node: .npy [n], or .txt or .csv with one a line, empty: none
+    path: str | None = None  # folder of the Open Graph Benchmark, for classes and split; null: the two settings
+    split: str | None = None  # folder with train, valid and test (.csv.gz, .csv, .txt, .npy: node numbers); null: drawn
+    train_share: float = 0.6  # of a split that is drawn
+    valid_share: float = 0.2
+    model: str = "mlp"  # mlp | linear | sage (GraphSAGE by torch-geometric: pip install 'xmcdist[graph]')
+    edges: str | None = None  # of model=sage: as graph.edges of giant, nodes by number; null: those of path
+    hidden: int = 256
+    layers: int = 3  # linear maps, hidden ones and the last
+    dropout: float = 0.5
+    lr: float = 0.01
+    weight_decay: float = 0.0
+    epochs: int = 300
+    patience: int = 50  # epochs without a better accuracy of the validation nodes before it stops
+    batch: int = 65536  # nodes a step
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    output: str | None = None  # JSON file for the accuracies; null: only printed
 
 
 @dataclass

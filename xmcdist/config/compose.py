@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from xmcdist.config import commands, schema
-from xmcdist.config.checks import check_run
+from xmcdist.config.checks import check_giant, check_run
 from xmcdist.config.errors import ConfigError
 
 __all__ = ["compose_run", "conf_dir", "explain", "find_folder", "register", "to_object"]
@@ -75,6 +75,8 @@ def register() -> None:
     store.store(name="plan_schema", node=commands.PlanConfig)
     store.store(group="schema", name="counts", node=commands.CountsConfig)
     store.store(name="tree_schema", node=commands.TreeShowConfig)
+    store.store(name="giant_schema", node=commands.GiantConfig)
+    store.store(name="giant_classify_schema", node=commands.GiantClassifyConfig)
     for name, node in _GROUPS.items():
         if is_dataclass(node):
             store.store(group="schema", name=name, node=node)  # not group=name: schemas are no choices
@@ -178,3 +180,6 @@ def _nearest(name: str, options: list[str]) -> str:
     if not close:  # a right leaf in the wrong group: lr=... for optimizer.lr
         close = [o for o in options if o.split(".")[-1] == name.split(".")[-1]][:1]
     return f"; did you mean {close[0]!r}?" if close else ""
+        faults += check_giant(cfg) if isinstance(cfg, commands.GiantConfig) else []
+        "giant": commands.GiantConfig,
+        "giant_classify": commands.GiantClassifyConfig,

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
+from xmcdist.data.arrays import load_array
 from xmcdist.data.errors import DataError
 from xmcdist.data.manifest import MANIFEST, read_manifest, whole
 from xmcdist.data.source import FORMAT_VERSION, SPLITS
@@ -105,6 +108,33 @@ class PreparedDataset:
     def label_texts(self) -> TextStore:
         """The text of every label; its number as text where the source had none."""
         return TextStore(self.folder, "label_texts")
+
+    def corpus(self) -> TextStore:
+        """The texts on which TF-IDF is fitted: those of training; of a graph, those of all nodes."""
+        return self.texts("trn") if self.graph is None else self.label_texts()
+
+    @property
+    def graph(self) -> dict[str, int] | None:
+        """Counts of the graph whose nodes are the labels; None for other data sets."""
+        counts = self.manifest.get("graph")
+        return None if counts is None else {str(k): int(v) for k, v in counts.items()}
+
+    def nodes(self, split: str) -> NDArray[np.int64]:
+        """Of a graph: the node that each document of a split is, ascending, ``[N]``."""
+        self._require(split)
+        return load_array(self.folder / f"nodes.{split}.npy", "int64")
+
+    def node_ids(self) -> TextStore | None:
+        """Of a graph: how its source names the nodes; None where it numbers them."""
+        return TextStore(self.folder, "node_ids") if "node_ids.bin" in self.manifest["files"] else None
+
+    def known(self, split: str) -> sp.csr_matrix | None:
+        """Labels that documents are known to have and are not asked for, ``[N, L]``; None where there are none such.
+
+        Of a graph's test documents: the neighbours that were trained on.
+        """
+        self._require(split)
+        return self._open(f"known.{split}") if f"known.{split}/shape.json" in self.manifest["files"] else None
 
     def label_ids(self) -> TextStore | None:
         """How the source itself names labels (jsonl, csv, parquet), sorted; None where it numbers them."""

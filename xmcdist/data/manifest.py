@@ -47,6 +47,8 @@ def build_manifest(folder: Path, written: Written, name: str, source: dict[str, 
         "summed_duplicate_entries": written.duplicates,
         "source": source,
     }
+    if written.graph is not None:
+        manifest["graph"] = written.graph
     manifest["warnings"] = [*written.warnings, *_warnings(manifest)]
     manifest["files"] = file_checksums(folder)
     said = json.dumps(sorted((place, f["sha256"]) for place, f in manifest["files"].items()))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from xmcdist.config.schema import DatasetConfig
 from xmcdist.data.dataset import PreparedDataset
@@ -19,7 +20,7 @@ from xmcdist.data.text_folder import check_text_folder, write_text_folder
 from xmcdist.data.written import Written
 from xmcdist.data.xc import check_xc, write_xc
 
-__all__ = ["check_source", "prepare"]
+__all__ = ["check_source", "make_prepared", "prepare"]
 
 
 def check_source(cfg: DatasetConfig) -> Source:
@@ -57,13 +58,26 @@ def prepare(cfg: DatasetConfig, folder: Path | str) -> PreparedDataset:
     """
     folder = Path(folder).absolute()
     source = check_source(cfg)
-    fingerprint = source.fingerprint(cfg)
+    about = {"fingerprint": source.fingerprint(cfg), "path": str(source.path), **source.settings(cfg)}
+    return make_prepared(folder, cfg.name, about, lambda unfinished: _write(source, cfg, unfinished))
+
+
+def make_prepared(folder: Path, name: str, about: dict[str, Any], write: Callable[[Path], Written]) -> PreparedDataset:
+    """Open the prepared form in ``folder`` if it is of this source, else have it written.
+
+    Args:
+        about: of the source, with its ``fingerprint``.
+        write: puts texts and matrices into the new folder it is given.
+
+    Raises:
+        DataError: as `prepare`, and what ``write`` raises.
+    """
+    fingerprint = str(about["fingerprint"])
     if _is_made(folder, fingerprint):
         return PreparedDataset.open(folder)
     _refuse_strange(folder)
     with full_disk_is_clear(folder), _beside(folder) as unfinished:
-        about = {"fingerprint": fingerprint, "path": str(source.path), **source.settings(cfg)}
-        manifest = build_manifest(unfinished, _write(source, cfg, unfinished), cfg.name, about)
+        manifest = build_manifest(unfinished, write(unfinished), name, about)
         write_manifest(unfinished, manifest)
         if not _is_made(folder, fingerprint):  # another job may have been faster
             _put(unfinished, folder)

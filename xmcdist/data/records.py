@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from xmcdist.config.schema import DatasetConfig
 from xmcdist.data.errors import DataError
 from xmcdist.data.lines import byte_lines, decode
 
-__all__ = ["Record", "check_columns", "read_records"]
+__all__ = ["Record", "check_columns", "read_records", "read_rows"]
 
 _LARGEST_FIELD = 2**27  # characters of one csv cell; python's own limit is 131072
 _PARQUET_ROWS = 256  # rows in memory at once
@@ -43,9 +43,10 @@ def read_records(path: Path, file_format: str, cfg: DatasetConfig, split_column:
 
     Cost: O(file) time; memory is that of some hundred documents.
     """
-    columns = [cfg.text_column, cfg.labels_column, *([split_column] if split_column else [])]
-    reader = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}[file_format]
-    for where, row in reader(path, columns):
+    columns = {"dataset.text_column": cfg.text_column, "dataset.labels_column": cfg.labels_column}
+    if split_column:
+        columns["dataset.split_column"] = split_column
+    for where, row in read_rows(path, file_format, columns, _check_types):
         text = row[cfg.text_column]
         if text is not None and not isinstance(text, str):
             raise DataError(
@@ -54,6 +55,27 @@ def read_records(path: Path, file_format: str, cfg: DatasetConfig, split_column:
         labels = _labels(row[cfg.labels_column], where, file_format, cfg)
         split = None if split_column is None else row[split_column]
         yield Record(text or "", labels, None if split is None else str(split), where)
+
+
+def read_rows(
+    path: Path,
+    file_format: str,
+    columns: dict[str, str],
+    check_types: Callable[[Any, list[str], Path], None] | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Stream the rows of one file, each with its place: ``("a.csv, line 2", {"text": ...})``.
+
+    Args:
+        file_format: jsonl | csv | parquet.
+        columns: that every row must have, each by the setting that names it.
+        check_types: is shown a Parquet file's schema and the columns before anything is read.
+
+    Raises:
+        DataError: as `read_records`.
+    """
+    if file_format == "parquet":
+        return _parquet(path, columns, check_types)
+    return (_jsonl if file_format == "jsonl" else _csv)(path, columns)
 
 
 def check_columns(path: Path, file_format: str, cfg: DatasetConfig, split_column: str | None) -> None:
@@ -80,7 +102,7 @@ def _labels(value: Any, where: str, file_format: str, cfg: DatasetConfig) -> lis
     return [label for label in (str(label).strip() for label in value) if label]
 
 
-def _jsonl(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _jsonl(path: Path, columns: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in byte_lines(path):
         if not line.strip():
             continue
@@ -96,7 +118,7 @@ def _jsonl(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]
         yield where, row
 
 
-def _csv(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv(path: Path, columns: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(_LARGEST_FIELD)  # documents are longer than python expects of a cell
     lines = (decode(line, path, number) for number, line in byte_lines(path, keep_ends=True))
     # strict: otherwise a quote that is never closed swallows the rest of the file unseen.
@@ -126,7 +148,9 @@ def _csv(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]
             yield where, dict(zip(header, row, strict=True))
 
 
-def _parquet(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet(
+    path: Path, columns: dict[str, str], check_types: Callable[[Any, list[str], Path], None] | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -137,8 +161,10 @@ def _parquet(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, An
         with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER) as file:
             schema = file.schema_arrow
             _require(columns, schema.names, str(path))
-            _check_types(schema, columns, path)
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+            names = list(columns.values())
+            if check_types is not None:
+                check_types(schema, names, path)
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=names):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", row
@@ -173,12 +199,12 @@ def _check_types(schema: Any, columns: list[str], path: Path) -> None:
     )
 
 
-def _require(columns: list[str], there: Iterable[str], where: str) -> None:
+def _require(columns: dict[str, str], there: Iterable[str], where: str) -> None:
     names = list(there)
-    for field, name in zip(("text_column", "labels_column", "split_column"), columns, strict=False):
+    for setting, name in columns.items():
         if name not in names:
             listed = ", ".join(names[:20]) or "none"
-            raise DataError(f"{where}: no column {name!r}; there are: {listed}: set dataset.{field}")
+            raise DataError(f"{where}: no column {name!r}; there are: {listed}: set {setting}")
         if names.count(name) > 1:
             raise DataError(f"{where}: column {name!r} is there twice: rename one")
 

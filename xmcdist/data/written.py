@@ -22,3 +22,4 @@ class Written:
     dropped_entries: int = 0  # their occurrences
     names_are_labels: bool = False  # the label texts are how the source itself names the labels
     warnings: list[str] = field(default_factory=list)
+    graph: dict[str, int] | None = None  # counts of the graph whose nodes are documents and labels

@@ -32,7 +32,7 @@ def features_stage(run: Run) -> Path:
     def body(folder: Path) -> None:
         vectorizer = None
         if kind == "tfidf":
-            texts = run.data.texts("trn")
+            texts = run.data.corpus()
             start, stop = run.own(len(texts))
             vectorizer = Tfidf.fit(texts.iterate(start, stop), run.cfg.features, run.world)
             if run.world.is_main:

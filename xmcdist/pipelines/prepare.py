@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from xmcdist.checkpoint.atomic import no_space_is_clear, to_disk
@@ -26,8 +27,18 @@ def prepared_folder(cfg: RunConfig) -> Path:
     return Path(cfg.dataset.prepared) if cfg.dataset.prepared else Path(cfg.run_dir) / "prepared"
 
 
-def prepare_data(cfg: RunConfig, world: World, say: Callable[[str], None]) -> PreparedDataset:
+def prepare_data(
+    cfg: RunConfig,
+    world: World,
+    say: Callable[[str], None],
+    make: Callable[[Path], PreparedDataset] | None = None,
+) -> PreparedDataset:
     """Read and check the data set, or open what was prepared before; collective.
+
+    Args:
+        say: told what a person should know of the data, on rank 0.
+        make: writes the prepared form to the folder it is given, or opens it; None: from
+            ``cfg.dataset``.
 
     With ``checkpoint.verify=full`` every file of it is compared with its checksum; damaged, it
     is put aside as ``<folder>.damaged`` and prepared again.
@@ -37,11 +48,12 @@ def prepare_data(cfg: RunConfig, world: World, say: Callable[[str], None]) -> Pr
             see the prepared form.
     """
     folder, mark = prepared_folder(cfg), ""
+    make = make or partial(prepare, cfg.dataset)
     with errors_together(), no_space_is_clear(folder):
         if world.is_main:
             data = prepare(cfg.dataset, folder)
             if cfg.checkpoint.verify == "full":
-                data = _verified(data, cfg, folder, say)
+                data = _verified(data, make, folder, say)
             mark = data.fingerprint
             files_to_disk(folder)
             to_disk(folder.parent)
@@ -54,7 +66,9 @@ def prepare_data(cfg: RunConfig, world: World, say: Callable[[str], None]) -> Pr
     return data
 
 
-def _verified(data: PreparedDataset, cfg: RunConfig, folder: Path, say: Callable[[str], None]) -> PreparedDataset:
+def _verified(
+    data: PreparedDataset, make: Callable[[Path], PreparedDataset], folder: Path, say: Callable[[str], None]
+) -> PreparedDataset:
     try:
         data.verify()
         return data
@@ -64,7 +78,7 @@ def _verified(data: PreparedDataset, cfg: RunConfig, folder: Path, say: Callable
         folder.replace(aside)
         to_disk(folder.parent)
         say(f"prepared data: {error}; kept as {aside}, and prepared again")
-    return prepare(cfg.dataset, folder)
+    return make(folder)
 
 
 def _is_seen(folder: Path, mark: str) -> bool:
