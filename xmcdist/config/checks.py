@@ -9,6 +9,7 @@ from typing import Any
 
 from xmcdist.config.commands import GiantConfig
 from xmcdist.config.schema import RunConfig
+from xmcdist.config.tree_checks import tree_faults
 
 __all__ = ["ENSEMBLES", "POST_PROCESSORS", "UNTIL", "check_giant", "check_run"]
 
@@ -34,6 +35,8 @@ _CHOICES: dict[str, Sequence[str]] = {
     "matcher.loss": ("weighted_squared_hinge", "squared_hinge", "bce"),
     "matcher.bootstrap": ("linear", "weighted-linear", "inherit", "none"),
     "matcher.scoring": ("auto", "dense", "pairs"),
+    **{f"{tree}.label_embedding": ("pifa", "text", "concat", "convex") for tree in ("tree", "ranker_tree")},
+    **{f"{tree}.label_text": ("encoder", "tfidf") for tree in ("tree", "ranker_tree")},
     "optimizer.head": ("adamw", "sparse_adam"),
     "schedule.name": ("linear", "cosine", "constant"),
     "ranker.solver": ("l2svc_dual", "l1svc_dual", "logistic_dual", "l2svc_primal"),

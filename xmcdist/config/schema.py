@@ -8,6 +8,7 @@ between settings is checked in `xmcdist.config.compose`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = [
     "CheckpointConfig",
@@ -67,6 +68,12 @@ class TreeConfig:
 
     path: str | None = None  # a given tree: folder of C_1.npz .. C_T.npz, or of a saved LabelTree
     label_features: str | None = None  # given label embeddings [L, any] .npz/.npy instead of PIFA
+    label_embedding: str = "pifa"  # pifa | text | concat | convex: what labels are clustered by
+    label_text: str = "encoder"  # encoder | tfidf: what reads the labels' texts
+    text_encoder: str | None = None  # minilm | tiny | model id | folder; null: the run's own, as pretrained
+    text_weight: Any = 0.5  # convex: share of the text in [0, 1], a number or a .npy [L]
+    document_embeddings: str | None = None  # PIFA over these, .npy [N, d] or a run's folder, not over TF-IDF
+    flat: bool = False  # one level of clusters above the labels
     nr_splits: int = 16  # children a node
     min_codes: int | None = None  # fewest nodes of the first level; null: nr_splits
     max_leaf_size: int = 100  # most labels in a leaf cluster

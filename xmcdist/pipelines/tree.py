@@ -9,6 +9,7 @@ from xmcdist.config.commands import TreeShowConfig
 from xmcdist.config.errors import UserError
 from xmcdist.config.schema import TreeConfig
 from xmcdist.data.dataset import TextStore
+from xmcdist.pipelines.label_embedding import document_features, files_behind, label_text_stage
 from xmcdist.pipelines.run import Run
 from xmcdist.sparse.features import Features
 from xmcdist.trees.build import build_label_tree
@@ -25,25 +26,33 @@ def tree_stage(
 
     Writes ``tree/`` and ``Y.level-<t>/`` (CSR ``[N, K_t]``, counts, tree order): what
     matcher and rankers read by row, memory-mapped, instead of each holding its own copy.
+    Label texts that the tree needs are read in a stage of their own before it.
 
     Args:
         start: the stage of a tree to start from, among ``after``; None: random members.
     """
 
+    group = "ranker_tree" if cfg is run.cfg.ranker_tree else "tree"
+    texts = label_text_stage(run, group, cfg)
+
     def body(folder: Path) -> None:
         Y = run.data.Y("trn")
         before = None if start is None else LabelTree.load(start / "tree")
-        tree = build_label_tree(features, Y, cfg, run.world, folder, start=before)
+        documents = document_features(run, group, cfg, features, folder)
+        vectors = None if texts is None else texts[1]
+        tree = build_label_tree(documents, Y, cfg, run.world, folder, texts=vectors, start=before)
+        run.world.barrier()
         if run.world.is_main:
+            (folder / "document_embeddings.npy").unlink(missing_ok=True)
             tree.save(folder / "tree")
         own = run.own_rows(Y)
         for t in range(1, tree.depth + 1):
             write_csr(folder / f"Y.level-{t}", tree.lift(own, t), run.world)
         run.log.say(f"{name}: levels {' > '.join(str(tree.level_size(t)) for t in range(1, tree.depth + 1))}")
 
-    group = "ranker_tree" if cfg is run.cfg.ranker_tree else "tree"
-    from_tree = {} if start is None else {"start": "tree"}
-    return run.stages.run(name, run.inputs(group, after=after, **from_tree), body)
+    made_of = files_behind(run, group, cfg) | ({} if start is None else {"start": "tree"})
+    after = after if texts is None else (*after, texts[0])
+    return run.stages.run(name, run.inputs(group, after=after, **made_of), body)
 
 
 def show_tree(cfg: TreeShowConfig) -> str:

@@ -80,7 +80,8 @@ def level_sizes(labels: int, cfg: TreeConfig) -> list[int]:
     if cfg.path is not None:
         tree = read_tree(cfg.path, labels)
         return [tree.level_size(t) for t in range(1, tree.depth + 1)]
-    return [*cluster_levels(binary_depth(labels, cfg.max_leaf_size), cfg.nr_splits, cfg.min_codes), labels]
+    depth = binary_depth(labels, cfg.max_leaf_size)
+    return [*cluster_levels(depth, cfg.nr_splits, cfg.min_codes, flat=cfg.flat), labels]
 
 
 @dataclass(frozen=True)

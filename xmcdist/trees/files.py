@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
 from xmcdist.sparse.csr import as_csr, unit_rows
 from xmcdist.sparse.features import Features
 from xmcdist.trees.errors import TreeError
 from xmcdist.trees.label_tree import LabelTree
 
-__all__ = ["read_label_features", "read_tree"]
+__all__ = ["read_label_features", "read_text_weight", "read_tree"]
 
 
 def read_tree(path: Path | str, num_labels: int) -> LabelTree:
@@ -68,6 +69,38 @@ def read_label_features(path: Path | str, num_labels: int) -> Features:
     if Z.num_rows != num_labels:
         raise TreeError(f"{what} has {Z.num_rows} rows; the data set has {num_labels} labels")
     return Z
+
+
+def read_text_weight(value: float | str, num_labels: int) -> NDArray[np.float64]:
+    """The share of the text in the embedding of each label, float64 ``[L]``.
+
+    Args:
+        value: one number for all, or a ``.npy`` of one a label.
+        num_labels: L.
+
+    Raises:
+        TreeError: the file is missing, damaged or of another length, or a share is not in [0, 1].
+    """
+    if isinstance(value, str):
+        what = f"tree.text_weight ({value})"
+        try:
+            weight = np.load(value, allow_pickle=False)
+        except FileNotFoundError:
+            raise TreeError(f"{what} does not exist") from None
+        except (ValueError, OSError, EOFError) as error:
+            raise TreeError(f"{what} is no array as numpy.save writes it ({error})") from error
+        if weight.shape != (num_labels,) or weight.dtype.kind not in "buif":
+            raise TreeError(
+                f"{what} is {weight.dtype} of shape {list(weight.shape)}; the data set has {num_labels} labels, so it "
+                f"must be real numbers of shape [{num_labels}]"
+            )
+    else:
+        what, weight = "tree.text_weight", np.full(num_labels, value)
+    shares: NDArray[np.float64] = weight.astype(np.float64)
+    bad = np.flatnonzero(~((shares >= 0) & (shares <= 1)))  # NaN too
+    if len(bad):
+        raise TreeError(f"{what}: {shares[bad[0]]} for label {bad[0]}; a share of the text must be in [0, 1]")
+    return shares
 
 
 def _chain_files(path: Path) -> list[Path]:
