@@ -131,7 +131,7 @@ class PreparedDataset:
     def known(self, split: str) -> sp.csr_matrix | None:
         """Labels that documents are known to have and are not asked for, ``[N, L]``; None where there are none such.
 
-        Of a graph's test documents: the neighbours that were trained on.
+        Of a graph's test documents: the neighbours that were trained on, and the node itself.
         """
         self._require(split)
         return self._open(f"known.{split}") if f"known.{split}/shape.json" in self.manifest["files"] else None

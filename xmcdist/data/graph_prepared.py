@@ -1,7 +1,7 @@
 """A graph as a prepared data set: nodes are documents, and their neighbours are labels.
 
 Beside what every prepared data set has: ``nodes.<split>.npy``, the node of each document;
-``known.tst/``, the neighbours that were trained on, of test documents; ``node_ids`` where the
+``known.tst/``, of test documents: the neighbours that were trained on, and the node itself; ``node_ids`` where the
 source names nodes.  ``label_texts`` are the texts of all nodes.
 """
 
@@ -27,6 +27,7 @@ from xmcdist.data.prepare import make_prepared
 from xmcdist.data.source import FORMAT_VERSION
 from xmcdist.data.texts import TextStore, TextWriter
 from xmcdist.data.written import Written
+from xmcdist.sparse.csr import as_csr
 from xmcdist.sparse.store import save_csr
 
 __all__ = ["prepare_graph"]
@@ -88,7 +89,8 @@ def _write(files: GraphFiles, cfg: GraphConfig, seed: int, folder: Path) -> Writ
         found = np.flatnonzero((np.diff(asked.indptr) > 0) & few)
         if len(found):
             _write_split(folder, "tst", found, asked, texts, out)
-            save_csr(folder / "known.tst", sp.csr_matrix(A[found]))
+            itself = sp.eye_array(n, dtype=np.float32, format="csr")
+            save_csr(folder / "known.tst", as_csr(sp.csr_matrix(A + itself)[found], "known neighbours"))
             out.splits.append("tst")
     out.graph = _counts(graph, A, held, cfg.max_degree)
     out.warnings += _notes(out.graph, cfg.max_degree)

@@ -21,7 +21,7 @@ from xmcdist.pipelines.prepare import prepared_folder
 from xmcdist.pipelines.run import Run
 from xmcdist.rankers.model import LinearTree
 
-__all__ = ["export_stage", "trained_on"]
+__all__ = ["export_stage", "link_folder", "trained_on"]
 
 
 def export_stage(
@@ -61,7 +61,7 @@ def _put(run: Run, source: Path, model: Path) -> None:
             return
         run.log.say(f"model: damaged: {damage}; put there again")
     added = (model / CALIBRATION).read_bytes() if (model / CALIBRATION).exists() else None
-    _link(source, model, added)
+    link_folder(source, model, added)
 
 
 def _write(
@@ -73,11 +73,11 @@ def _write(
     tfidf = Path(run.cfg.run_dir) / "stages" / "features" / "tfidf"
     with_tfidf = sparse and tfidf.is_dir()
     if with_tfidf:
-        _link(tfidf, model / "tfidf")
+        link_folder(tfidf, model / "tfidf")
     if encoder is not None:
-        _link(encoder, model / "encoder")
+        link_folder(encoder, model / "encoder")
     if matcher is not None:
-        _link(matcher, model / "matcher")
+        link_folder(matcher, model / "matcher")
     for path in prepared_folder(run.cfg).glob("label_texts.*"):
         shutil.copy2(path, model / path.name)
     np.save(model / "label_frequency.npy", label_frequency(run.data.Y("trn")))
@@ -104,7 +104,7 @@ def trained_on(data: PreparedDataset, split: str = "trn") -> dict[str, str]:
     return {kind: files[place]["sha256"] for kind, place in places.items() if place in files}
 
 
-def _link(source: Path, target: Path, calibration: bytes | None = None) -> None:
+def link_folder(source: Path, target: Path, calibration: bytes | None = None) -> None:
     """Copy a folder by hard links where the file system has them: the bytes are there already."""
 
     def one(a: str, b: str) -> str:

@@ -51,7 +51,7 @@ def prepare_data(
     make = make or partial(prepare, cfg.dataset)
     with errors_together(), no_space_is_clear(folder):
         if world.is_main:
-            data = prepare(cfg.dataset, folder)
+            data = make(folder)
             if cfg.checkpoint.verify == "full":
                 data = _verified(data, make, folder, say)
             mark = data.fingerprint

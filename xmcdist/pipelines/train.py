@@ -20,6 +20,7 @@ from xmcdist.checkpoint.run_lock import held
 from xmcdist.checkpoint.stages import fingerprint
 from xmcdist.config.errors import UserError
 from xmcdist.config.schema import RunConfig
+from xmcdist.data.dataset import PreparedDataset
 from xmcdist.evaluation.table import format_table
 from xmcdist.inference.beam import beam_search
 from xmcdist.inference.cluster_matcher import ClusterMatcher
@@ -44,6 +45,7 @@ from xmcdist.pipelines.shapes import log_cluster_sizes, log_label_frequency
 from xmcdist.pipelines.together import errors_together, share_cores
 from xmcdist.pipelines.tree import tree_stage
 from xmcdist.rankers.model import LinearTree
+from xmcdist.sparse.csr import without
 from xmcdist.sparse.features import Features
 from xmcdist.sparse.store import open_csr
 from xmcdist.training import preemption
@@ -51,8 +53,18 @@ from xmcdist.training import preemption
 __all__ = ["train"]
 
 
-def train(cfg: RunConfig, world: World) -> dict[str, Any]:
+def train(
+    cfg: RunConfig,
+    world: World,
+    make: Callable[[Path], PreparedDataset] | None = None,
+    then: Callable[[Run], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Run every stage that is not done yet; collective.
+
+    Args:
+        make: of the prepared data, as `prepare_data` takes it; None: from ``cfg.dataset``.
+        then: further stages of a run that has come to its matcher or beyond; what it returns
+            is added to the results, which there are then also where ``until`` ends the run.
 
     Returns:
         What ``results.json`` holds: ``metrics`` and ``baseline`` (percent), ``seconds`` per
@@ -66,10 +78,17 @@ def train(cfg: RunConfig, world: World) -> dict[str, Any]:
     """
     log = RunLog(Path(cfg.run_dir), world)
     with held(Path(cfg.run_dir), world, log.say, slurm_job()) as guard:
-        return _train(cfg, world, log, guard)
+        return _train(cfg, world, log, guard, make, then)
 
 
-def _train(cfg: RunConfig, world: World, log: RunLog, guard: Callable[[], None]) -> dict[str, Any]:
+def _train(
+    cfg: RunConfig,
+    world: World,
+    log: RunLog,
+    guard: Callable[[], None],
+    make: Callable[[Path], PreparedDataset] | None,
+    then: Callable[[Run], dict[str, Any]] | None,
+) -> dict[str, Any]:
     started = time.perf_counter()
     run_dir = Path(cfg.run_dir)
     share_cores(world, cfg.engine.threads)
@@ -93,7 +112,7 @@ def _train(cfg: RunConfig, world: World, log: RunLog, guard: Callable[[], None])
         from xmcdist.training.engines.environment import check_launch
 
         check_launch(cfg.engine.precision)
-    data = prepare_data(cfg, world, log.say)
+    data = prepare_data(cfg, world, log.say, make)
     if cfg.encoder.preset != "none" and not data.has_text:
         raise UserError("this data set has features but no texts, so only the linear path is open: set encoder=none")
     stages.remember(settings)
@@ -110,6 +129,7 @@ def _train(cfg: RunConfig, world: World, log: RunLog, guard: Callable[[], None])
     )
     try:
         measured = _stages(run)
+        added = then(run) if then is not None and cfg.until in (None, "match", "rank") else None
     except preemption.Preempted as stop:
         log.say(str(stop))
         log.close()
@@ -118,10 +138,10 @@ def _train(cfg: RunConfig, world: World, log: RunLog, guard: Callable[[], None])
         log.close(failed=True)
         raise
     results: dict[str, Any] = {}
-    if measured is None:
+    if measured is None and added is None:
         log.say(f"until={cfg.until}: its stages are done; the same command without it, or with a later one, goes on")
     else:
-        results = _results(run, *measured, time.perf_counter() - started)
+        results = _results(run, *(measured or ({}, {})), time.perf_counter() - started, added or {})
     if world.is_main:
         draw_report(run_dir, log.say)
     log.close()
@@ -193,19 +213,22 @@ def _measure(
 ) -> dict[str, float]:
     """Metrics on the test documents; where a matcher finds their clusters, from embeddings ``raw [N, d]``."""
     cfg = run.cfg
-    Y = run.data.Y("trn")
+    Y, known = run.data.Y("trn"), run.data.known("tst")
+    topk = max(cfg.ranker.topk, *cfg.evaluation.ks)
+    most_known = 0 if known is None else int(np.diff(known.indptr).max())
 
     def predict(start: int, stop: int) -> sp.csr_matrix:
         found = matcher.clusters(raw[start:stop], cfg.ranker.beam) if matcher is not None and raw is not None else None
-        return beam_search(
+        scores = beam_search(
             rankers,
             features.rows(start, stop),
             beam=cfg.ranker.beam,
-            topk=max(cfg.ranker.topk, *cfg.evaluation.ks),
+            topk=topk + most_known,
             post_processor=rankers.post_processor,
             last_post_processor=rankers.last_post_processor,
             start=found,
         )
+        return scores if known is None else without(scores, known[start:stop])
 
     return measure(
         predict,
@@ -218,7 +241,9 @@ def _measure(
     )
 
 
-def _results(run: Run, metrics: dict[str, float], baseline: dict[str, float], wall: float) -> dict[str, Any]:
+def _results(
+    run: Run, metrics: dict[str, float], baseline: dict[str, float], wall: float, added: dict[str, Any]
+) -> dict[str, Any]:
     peaks = gather_objects(peak_memory_mb())
     results = {
         "metrics": metrics,
@@ -235,6 +260,7 @@ def _results(run: Run, metrics: dict[str, float], baseline: dict[str, float], wa
         "hardware": hardware(),
         "config_hash": fingerprint(shaping_settings(run.cfg)),
         "config": asdict(run.cfg),
+        **added,
     }
     run.log.metrics({name: values for name, values in (("test", metrics), ("test_linear_only", baseline)) if values})
     if run.world.is_main:
@@ -244,7 +270,8 @@ def _results(run: Run, metrics: dict[str, float], baseline: dict[str, float], wa
             if run.cfg.encoder.preset != "none":
                 rows["full"] = metrics
             print(format_table(rows, TABLE_KEYS), flush=True)
-        run.log.say(f"model in {Path(run.cfg.run_dir) / 'model'}; {wall:.0f} s since this start")
+        made = f"model in {Path(run.cfg.run_dir) / 'model'}; " if run.cfg.until is None else ""
+        run.log.say(f"{made}{wall:.0f} s since this start")
     run.world.barrier()
     return results
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-__all__ = ["as_csr", "binarize", "l1_rows", "l1_scales", "row_ids", "row_slice", "unit_rows"]
+__all__ = ["as_csr", "binarize", "l1_rows", "l1_scales", "row_ids", "row_slice", "unit_rows", "without"]
 
 _CHUNK = 1 << 22  # stored values looked at in one go: bounds temporary memory
 
@@ -81,6 +81,15 @@ def row_slice(A: sp.csr_matrix, start: int, stop: int) -> sp.csr_matrix:
 def unit_rows(A: sp.csr_matrix) -> sp.csr_matrix:
     """Rows scaled to l2 length 1; an empty row stays empty.  Shares A's index arrays."""
     return _divide_rows(A, np.sqrt(_row_sums(A, power=2)))
+
+
+def without(A: sp.csr_matrix, B: sp.csr_matrix) -> sp.csr_matrix:
+    """A less its entries where B ``[N, D]``, of the same shape, stores one; stored zeros of A stay."""
+    columns = np.int64(A.shape[1])
+    mine = row_ids(A).astype(np.int64) * columns + A.indices
+    stays = ~np.isin(mine, row_ids(B).astype(np.int64) * columns + B.indices)
+    indptr = np.concatenate([[0], np.cumsum(stays)])[A.indptr]
+    return sp.csr_matrix((A.data[stays], A.indices[stays], indptr), shape=A.shape)
 
 
 def l1_rows(A: sp.csr_matrix) -> sp.csr_matrix:
