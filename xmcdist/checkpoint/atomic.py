@@ -15,7 +15,7 @@ from typing import Any
 
 from xmcdist.config.errors import UserError
 
-__all__ = ["no_space_is_clear", "read_json", "replace_folder", "to_disk", "write_json"]
+__all__ = ["link_tree", "no_space_is_clear", "read_json", "replace_folder", "to_disk", "write_json"]
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _IN_WORDS = re.compile(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\b")  # what libraries written in Rust leave of it
@@ -79,6 +79,24 @@ def replace_folder(new: Path, place: Path) -> None:
     os.replace(new, place)
     to_disk(place.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Copy a folder, by hard links where the file system has them: the bytes are there already.
+
+    Args:
+        source: its files must be such as are replaced, never written into.
+        target: a folder that does not exist, in one that does.
+    """
+
+    def one(a: str, b: str) -> str:
+        try:
+            os.link(a, b)
+        except OSError:
+            shutil.copy2(a, b)
+        return b
+
+    shutil.copytree(source, target, copy_function=one)
 
 
 @contextmanager

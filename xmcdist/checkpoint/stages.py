@@ -15,13 +15,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from xmcdist.checkpoint.atomic import no_space_is_clear, read_json, replace_folder, to_disk, write_json
+from xmcdist.checkpoint.atomic import link_tree, no_space_is_clear, read_json, replace_folder, to_disk, write_json
 from xmcdist.checkpoint.checksums import DamagedError, files_to_disk, first_damage, read_sealed, record, sealed
 from xmcdist.config.errors import UserError
 from xmcdist.parallel.collectives import broadcast_object
@@ -63,6 +63,7 @@ class StageStore:
                 `UserError` if this run may not write any more.
         """
         self.run_dir, self.world, self.say, self.verify, self.guard = run_dir, world, say, verify, guard
+        self.lenders: Sequence[Path] = ()  # other run folders: a stage done there from the same inputs is taken over
         self.seconds: dict[str, float] = {}
         self.skipped: list[str] = []
         self.prints: dict[str, str] = {}
@@ -93,7 +94,7 @@ class StageStore:
         with errors_together():
             if self.world.is_main:
                 self.guard()
-                stage = self._finished(place, partial, mark)
+                stage = self._finished(place, partial, mark) or self._borrowed(place, mark)
                 if stage is None:
                     self._open_partial(partial, mark)
         stage = broadcast_object(stage)
@@ -177,6 +178,24 @@ class StageStore:
             self._put_aside(place, damage)
             return None
         return _read_stage(place)
+
+    def _borrowed(self, place: Path, mark: str) -> dict[str, Any] | None:
+        """The same stage of another run, linked to its place here; its files are whole, as far as ``verify`` looks."""
+        for run_dir in self.lenders:
+            there = run_dir / "stages" / place.name
+            if _noted(there, _STAGE, "fingerprint") != mark or self._damage(there) is not None:
+                continue
+            beside = place.with_name(place.name + ".borrowed")
+            shutil.rmtree(beside, ignore_errors=True)
+            with no_space_is_clear(beside):
+                beside.parent.mkdir(parents=True, exist_ok=True)
+                link_tree(there, beside)
+                files_to_disk(beside)
+                replace_folder(beside, place)
+            shutil.rmtree(place.with_name(place.name + ".partial"), ignore_errors=True)
+            self.say(f"{place.name}: made from the same as in {run_dir}, taken from there")
+            return _read_stage(place)
+        return None
 
     def _damage(self, place: Path) -> str | None:
         """What is wrong with a committed folder's files, as far as ``verify`` looks."""

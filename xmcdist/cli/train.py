@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from xmcdist.cli.app import run
+from xmcdist.config.compose import compose_members
 from xmcdist.config.schema import RunConfig
 from xmcdist.parallel.launch import rank_from_environment
 from xmcdist.training import preemption
@@ -24,11 +25,16 @@ def main() -> None:
 
 def _train(cfg: RunConfig) -> None:
     from xmcdist.parallel.launch import setup, shutdown
+    from xmcdist.pipelines.members import train_members
     from xmcdist.pipelines.train import train
 
+    members = compose_members(_overrides(), cfg, rank_from_environment()[1]) if cfg.members else {}
     world = setup(use_gpu=cfg.engine.name != "cpu", timeout_s=cfg.engine.timeout_s)
     try:
-        train(cfg, world)
+        if members:
+            train_members(cfg, members, world)
+        else:
+            train(cfg, world)
     except preemption.Preempted as stop:
         preemption.leaving()
         if world.is_main:
@@ -39,3 +45,10 @@ def _train(cfg: RunConfig) -> None:
         os._exit(preemption.EXIT_STATUS)
     preemption.leaving()
     shutdown()
+
+
+def _overrides() -> list[str]:
+    """What this job was asked for; of a multirun (``-m``), this one of its jobs."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return [str(word) for word in HydraConfig.get().overrides.task]

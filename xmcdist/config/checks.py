@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xmcdist.config.commands import GiantConfig
+from xmcdist.config.schedule_checks import SCHEDULE_AT_LEAST, SCHEDULE_CHOICES, schedule_faults
 from xmcdist.config.schema import RunConfig
 from xmcdist.config.tree_checks import tree_faults
 
@@ -21,10 +22,12 @@ POST_PROCESSORS = (
 )
 
 UNTIL = ("prepare", "tree", "linear", "match", "rank")
+ENSEMBLES = ("average", "rank", "sigmoid", "softmax", "round_robin")
 TRACKERS = ("wandb", "tensorboard", "trackio")
 _SCHEMES = ("tfn", "man", "tfn+man")
 _MATCHER_SCHEMES = (*_SCHEMES, "consistent", "tfn+man+consistent")
 _CHOICES: dict[str, Sequence[str]] = {
+    "ensemble": ENSEMBLES,
     "checkpoint.verify": ("sizes", "full", "off"),
     "dataset.format": ("auto", "text", "xc", "jsonl", "csv", "parquet"),
     "features.kind": ("auto", "tfidf", "given"),
@@ -35,10 +38,10 @@ _CHOICES: dict[str, Sequence[str]] = {
     "matcher.loss": ("weighted_squared_hinge", "squared_hinge", "bce"),
     "matcher.bootstrap": ("linear", "weighted-linear", "inherit", "none"),
     "matcher.scoring": ("auto", "dense", "pairs"),
+    "optimizer.head": ("adamw", "sparse_adam", "sgd"),
     **{f"{tree}.label_embedding": ("pifa", "text", "concat", "convex") for tree in ("tree", "ranker_tree")},
     **{f"{tree}.label_text": ("encoder", "tfidf") for tree in ("tree", "ranker_tree")},
-    "optimizer.head": ("adamw", "sparse_adam"),
-    "schedule.name": ("linear", "cosine", "constant"),
+    **SCHEDULE_CHOICES,
     "ranker.solver": ("l2svc_dual", "l1svc_dual", "logistic_dual", "l2svc_primal"),
     "ranker.post_processor": POST_PROCESSORS,
     "ranker.features": ("both", "sparse", "dense"),
@@ -47,6 +50,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "ranker.negative_weight": ("none", "score"),
     "ranker.weights_dtype": ("float32", "mixed", "float16"),
     "ranker.device": ("auto", "cpu", "cuda"),
+    "overlap.merge": ("max", "mean"),
     "engine.name": ("cpu", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"),
     "engine.precision": ("fp32", "bf16", "auto"),
     "tracker.mode": ("offline", "online"),
@@ -69,12 +73,14 @@ _AT_LEAST: dict[str, float] = {
     "optimizer.weight_decay": 0,
     "optimizer.clip": 0,
     "optimizer.max_skipped_steps": 0,
-    "schedule.warmup": 0,
+    **SCHEDULE_AT_LEAST,
     "ranker.max_iter": 1,
     "ranker.beam": 1,
     "ranker.topk": 1,
     "ranker.threshold": 0,
     "ranker.bias": 0,
+    "overlap.copies": 1,
+    "overlap.rounds": 1,
     "engine.global_batch": 1,
     "engine.micro_batch": 1,
     "engine.timeout_s": 1,
@@ -136,6 +142,7 @@ def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
             cfg.until in ("match", "rank") and e.preset == "none",
             f"until={cfg.until} has no stage to end after with encoder=none: use until=linear",
         ),
+        *_members(cfg),
         (e.preset == "hf" and not e.name, "encoder=hf needs encoder.name, a model id or a folder"),
         (e.layers is not None and e.layers < 1, f"encoder.layers={e.layers} must be at least 1, or null for all"),
         (e.dropout is not None and not 0 <= e.dropout < 1, f"encoder.dropout={e.dropout} must be in [0, 1)"),
@@ -161,8 +168,9 @@ def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
             f"matcher.validation_fraction={m.validation_fraction} must be in [0, 1)",
         ),
         (
-            cfg.optimizer.head == "sparse_adam" and cfg.optimizer.weight_decay > 0,
-            f"optimizer.weight_decay={cfg.optimizer.weight_decay} has no effect on optimizer.head=sparse_adam: use 0",
+            cfg.optimizer.head != "adamw" and cfg.optimizer.weight_decay > 0,
+            f"optimizer.weight_decay={cfg.optimizer.weight_decay} has no effect on optimizer.head="
+            f"{cfg.optimizer.head}: use 0",
         ),
         (
             n.weight == "score" and n.scheme == "tfn",
@@ -172,6 +180,7 @@ def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
             not 0 < n.consistent_share <= 1,
             f"negatives.consistent_share={n.consistent_share} is a share of a cluster's documents, in (0, 1]",
         ),
+        *schedule_faults(cfg),
         (m.bootstrap_c <= 0, f"matcher.bootstrap_c={m.bootstrap_c} must be positive"),
         (
             not r.Cp or not r.Cn or min(r.Cp + r.Cn) <= 0,
@@ -191,6 +200,7 @@ def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
             f"ranker.negative_weight=score needs scores from 0 to 1, and ranker.post_processor={r.post_processor} "
             "gives others: use sigmoid or l3-hinge",
         ),
+        *_overlap(cfg),
         (
             last is not None and last not in POST_PROCESSORS,
             f"ranker.last_post_processor={last} is none of {', '.join(POST_PROCESSORS)}{_near(last, POST_PROCESSORS)}",
@@ -234,6 +244,28 @@ def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
     ]
 
 
+def _members(cfg: RunConfig) -> list[tuple[bool, str]]:
+    """Faults of an ensemble's members; what each is made of is checked where it is composed."""
+    only = cfg.only_members or []
+    return [
+        *(
+            (not re.fullmatch(r"\w[\w.-]*", name), f"members: {name!r} must be made of letters, digits, and . _ -")
+            for name in cfg.members
+        ),
+        (
+            cfg.only_members is not None and not cfg.members,
+            f"only_members={cfg.only_members} needs members: this run has none",
+        ),
+        *(
+            (
+                bool(cfg.members) and name not in cfg.members,
+                f"only_members={only}: {name} is none of {', '.join(cfg.members)}{_near(name, list(cfg.members))}",
+            )
+            for name in only
+        ),
+    ]
+
+
 def _found_by_matcher(cfg: RunConfig) -> list[tuple[bool, str]]:
     """What `ranker.clusters_by=matcher` cannot be together with."""
     tree, own = cfg.tree, cfg.ranker_tree
@@ -261,6 +293,31 @@ def _found_by_matcher(cfg: RunConfig) -> list[tuple[bool, str]]:
                 f"tree.{name}={getattr(tree, name)}",
             )
             for name in ("nr_splits", "max_leaf_size")
+        ),
+    ]
+
+
+def _overlap(cfg: RunConfig) -> list[tuple[bool, str]]:
+    """What must hold of labels in several clusters."""
+    o = cfg.overlap
+    useless = {
+        f"overlap.rounds={o.rounds}": o.rounds > 1,
+        f"overlap.max_cluster_size={o.max_cluster_size}": o.max_cluster_size is not None,
+        "overlap.fine_tune=true": o.fine_tune,
+    }
+    return [
+        (o.copies > 6, f"overlap.copies={o.copies} must be at most 6"),
+        *(
+            (bad and o.copies == 1, f"{name} has no effect with overlap.copies=1, which leaves the tree as it is: use 2")
+            for name, bad in useless.items()
+        ),
+        (
+            o.max_cluster_size is not None and o.max_cluster_size < 1,
+            f"overlap.max_cluster_size={o.max_cluster_size} must be at least 1, or null for any number",
+        ),
+        (
+            o.fine_tune and cfg.encoder.preset == "none",
+            "overlap.fine_tune=true needs an encoder to train on; encoder=none has none",
         ),
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from xmcdist.config.schema import DatasetConfig, EvaluationConfig
+from xmcdist.config.schema import DatasetConfig, EvaluationConfig, RunConfig
 
 __all__ = [
     "CalibrateConfig",
@@ -125,6 +125,7 @@ class PredictConfig:
     beam: int | None = None  # null: as trained
     batch: int = 1024  # documents at a time
     parallel: str = "documents"  # on several processes: documents | labels
+    one_encoder: bool = True  # several models: hold one of their encoders at a time, read anew for every batch
 
 
 @dataclass
@@ -162,6 +163,7 @@ class EvaluateConfig:
     beam: int | None = None
     batch: int = 256
     parallel: str = "documents"
+    one_encoder: bool = True
 
 
 @dataclass

@@ -8,9 +8,10 @@ faults are told at once, before any data is read.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,10 +26,11 @@ from xmcdist.config import commands, schema
 from xmcdist.config.checks import check_giant, check_run
 from xmcdist.config.errors import ConfigError
 
-__all__ = ["compose_run", "conf_dir", "explain", "find_folder", "register", "to_object"]
+__all__ = ["compose_members", "compose_run", "conf_dir", "explain", "find_folder", "needs", "register", "to_object"]
 
 C = TypeVar("C")
 
+_OF_THE_RUN = ("run_dir", "members", "ensemble", "only_members")  # not of its members
 _GROUPS = {f.name: type(getattr(schema.RunConfig(), f.name)) for f in fields(schema.RunConfig)}
 
 
@@ -73,10 +75,10 @@ def register() -> None:
     store.store(name="import_pecos_schema", node=commands.ImportPecosConfig)
     store.store(name="doctor_schema", node=commands.DoctorConfig)
     store.store(name="plan_schema", node=commands.PlanConfig)
-    store.store(group="schema", name="counts", node=commands.CountsConfig)
-    store.store(name="tree_schema", node=commands.TreeShowConfig)
     store.store(name="giant_schema", node=commands.GiantConfig)
     store.store(name="giant_classify_schema", node=commands.GiantClassifyConfig)
+    store.store(group="schema", name="counts", node=commands.CountsConfig)
+    store.store(name="tree_schema", node=commands.TreeShowConfig)
     for name, node in _GROUPS.items():
         if is_dataclass(node):
             store.store(group="schema", name=name, node=node)  # not group=name: schemas are no choices
@@ -95,8 +97,16 @@ def compose_run(overrides: list[str], *, config_name: str = "train", world_size:
     Raises:
         ConfigError: with every fault found and, for a misspelt name, the nearest valid one.
     """
+    cfg = _compose(overrides, config_name, world_size)
+    if isinstance(cfg, schema.RunConfig) and cfg.members:
+        compose_members(overrides, cfg, world_size)
+    return cfg
+
+
+def _compose(overrides: list[str], config_name: str, world_size: int) -> Any:
     register()
-    GlobalHydra.instance().clear()
+    hydra = GlobalHydra.instance()
+    before, hydra.hydra = hydra.hydra, None  # inside a command there is one, which is needed afterwards
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
             composed = compose(config_name, overrides=overrides)
@@ -105,6 +115,108 @@ def compose_run(overrides: list[str], *, config_name: str = "train", world_size:
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(explain(error, config_name)) from None
+    finally:
+        GlobalHydra.instance().hydra = before
+
+
+def compose_members(overrides: list[str], cfg: schema.RunConfig, world_size: int = 1) -> dict[str, schema.RunConfig]:
+    """The settings of every member of an ensemble, in the order they are trained.
+
+    A member has the settings of the run with its own on top.  Where an experiment names the
+    members, ``debug=`` and the command line win over them, as they win over the experiment
+    itself; a member named on the command line has the last word.
+
+    Args:
+        overrides: those that ``cfg`` was composed of.
+        cfg: with `members`.
+        world_size: ranks of the job.
+
+    Returns:
+        By name; ``run_dir`` is ``RUN/members/NAME``, the prepared data are those of the run.
+
+    Raises:
+        ConfigError: every fault of every member, by name; members that do not share data set,
+            engine or cut-offs; or one that needs another which comes after it.
+    """
+    run, faults, out = Path(cfg.run_dir), [], {}
+    of_run = [word for word in overrides if _key(word) not in _OF_THE_RUN]
+    here = [word.lstrip("+").split("=")[0] for word in overrides if _key(word) == "members" and word[0] != "~"]
+    for name, own in cfg.members.items():
+        named_here = "members" in here or f"members.{name}" in here
+        words = [*of_run, *own] if named_here else [*own, *_debug_values(of_run), *of_run]
+        try:
+            one = _compose(words, "train", world_size)
+        except ConfigError as error:
+            faults += [f"member {name}: {line}" for line in str(error).splitlines()]
+            continue
+        prepared = cfg.dataset.prepared or str(run / "prepared")
+        faults += [f"member {name}: {fault}" for fault in _not_shared(cfg, one)]
+        out[name] = replace(
+            one,
+            run_dir=str(run / "members" / name),
+            members={},
+            only_members=None,
+            dataset=replace(one.dataset, prepared=prepared),
+            tracker=replace(one.tracker, run_name=one.tracker.run_name or f"{run.name}-{name}"),
+        )
+    names = list(cfg.members)
+    for place, name in enumerate(names):
+        later = [other for other in needs(run, out[name]) if other in names[place:]] if name in out else []
+        faults += [f"member {name} needs member {other}, which is not trained before it" for other in later]
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return out
+
+
+def needs(run_dir: Path, member: schema.RunConfig) -> dict[str, str]:
+    """Members whose folders a member's settings name, each with that setting, ``tree.path=RUN/members/pifa``."""
+    root = (run_dir / "members").absolute()
+    found: dict[str, str] = {}
+    for key, value in _leaves(asdict(replace(member, run_dir="", tracker=schema.TrackerConfig()))).items():
+        if isinstance(value, str) and Path(value).absolute().is_relative_to(root):
+            parts = Path(value).absolute().relative_to(root).parts
+            found.setdefault(parts[0] if parts else "", f"{key}={value}")
+    return found
+
+
+def _not_shared(cfg: schema.RunConfig, member: schema.RunConfig) -> list[str]:
+    """What members must have in common, and this one has not."""
+    faults = []
+    for what, ours, theirs in (
+        ("dataset", replace(cfg.dataset, prepared=None), replace(member.dataset, prepared=None)),
+        ("engine.name", cfg.engine.name, member.engine.name),
+        ("evaluation.ks", cfg.evaluation.ks, member.evaluation.ks),
+    ):
+        if ours != theirs:
+            faults.append(f"{what} differs from the run's: members share data, launcher and cut-offs; set it for all")
+    return faults
+
+
+def _key(word: str) -> str:
+    """``members`` of ``+members.a=[...]``."""
+    return word.lstrip("+~").split("=")[0].split(".")[0].split("@")[0]
+
+
+def _debug_values(words: list[str]) -> list[str]:
+    """What ``debug=`` sets, as overrides, to have it win over members of an experiment too."""
+    chosen = [word.split("=", 1)[1] for word in words if _key(word) == "debug" and "=" in word]
+    path = conf_dir() / "debug" / f"{chosen[-1]}.yaml" if chosen else None
+    if path is None or not path.is_file():
+        return []
+    told = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(told, dict)
+    choices = [d for d in told.pop("defaults", []) if isinstance(d, dict)]
+    groups = [f"{key.split('/')[-1]}={value}" for choice in choices for key, value in choice.items()]
+    return groups + [f"{key}={json.dumps(value)}" for key, value in _leaves(told).items()]
+
+
+def _leaves(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names of nested dictionaries' values."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        found.update(inner)
+    return found
 
 
 def to_object(composed: Any, world_size: int = 1) -> Any:
@@ -120,6 +232,7 @@ def to_object(composed: Any, world_size: int = 1) -> Any:
         )
     if isinstance(cfg, schema.RunConfig):
         faults = check_run(cfg, world_size)
+        faults += check_giant(cfg) if isinstance(cfg, commands.GiantConfig) else []
         if faults:
             raise ConfigError("\n".join(faults))
     return cfg
@@ -132,6 +245,10 @@ def explain(error: Exception, config_name: str) -> str:
     override = re.search(r"Could not override '([^']+)'", str(error))
     if override and key:
         wrong = override.group(1)
+        if wrong.split(".")[0] == "members":
+            return (
+                f"{wrong}=...: a member is added by +members.NAME='[\"group.key=value\"]', taken away by ~members.NAME"
+            )
         return f"unknown setting {wrong!r}{_nearest(wrong, _all_keys(config_name))}"
     unset = re.search(r"Missing mandatory value: ([\w.]+)", str(error))
     if unset:
@@ -159,6 +276,8 @@ def _all_keys(config_name: str) -> list[str]:
         "import_pecos": commands.ImportPecosConfig,
         "doctor": commands.DoctorConfig,
         "plan": commands.PlanConfig,
+        "giant": commands.GiantConfig,
+        "giant_classify": commands.GiantClassifyConfig,
         "tree_show": commands.TreeShowConfig,
     }
 
@@ -180,6 +299,3 @@ def _nearest(name: str, options: list[str]) -> str:
     if not close:  # a right leaf in the wrong group: lr=... for optimizer.lr
         close = [o for o in options if o.split(".")[-1] == name.split(".")[-1]][:1]
     return f"; did you mean {close[0]!r}?" if close else ""
-        faults += check_giant(cfg) if isinstance(cfg, commands.GiantConfig) else []
-        "giant": commands.GiantConfig,
-        "giant_classify": commands.GiantClassifyConfig,

@@ -20,6 +20,7 @@ __all__ = [
     "MatcherConfig",
     "NegativesConfig",
     "OptimizerConfig",
+    "OverlapConfig",
     "RankerConfig",
     "RunConfig",
     "ScheduleConfig",
@@ -124,23 +125,42 @@ class MatcherConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW for the encoder, AdamW or lazy (sparse) Adam for the head rows."""
+    """AdamW for the encoder; AdamW, lazy (sparse) Adam or plain gradient descent for the head rows."""
 
     lr: float = 1e-4
     head_lr: float | None = None  # null: lr
     weight_decay: float = 0.0
     eps: float = 1e-8
     clip: float = 1.0  # global norm over encoder and every shard of the head; 0 turns it off
-    head: str = "adamw"  # adamw | sparse_adam (only rows with a gradient move; no weight decay)
+    head: str = "adamw"  # adamw | sparse_adam (only rows with a gradient move) | sgd; the last two without weight decay
     max_skipped_steps: int = 10  # of a level, left out because loss or gradient was not finite, before it stops
 
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate over the steps of one level."""
+    """Learning rate over the steps of one level, as a factor of the configured rates."""
 
-    name: str = "linear"  # linear | cosine | constant
-    warmup: int = 20  # steps
+    name: str = "linear"  # linear | cosine | constant | step | one_cycle | greedy
+    warmup: int = 20  # steps from 0 to where the schedule begins
+    step_every: int = 100  # step: steps between two cuts
+    step_gamma: float = 0.1  # step: what a cut multiplies by
+    rise: float = 0.3  # one_cycle: share of the steps until the rate is highest
+    start_div: float = 25.0  # one_cycle: begins at 1 / start_div
+    end_div: float = 1e4  # one_cycle: ends at 1 / (start_div * end_div)
+    metric: str = "train_loss"  # greedy, values fed: train_loss (every step) | validation (every evaluation)
+    window: int = 20  # greedy: values averaged
+    compare: str = "window_before"  # greedy, what an average must be below: window_before | previous | best
+    threshold: float = 0.5  # greedy: by how much
+    threshold_mode: str = "noise"  # greedy: noise (standard errors) | rel (shares) | abs
+    patience: int = 5  # greedy: one more in a row changes the rate
+    factor: float = 0.9  # greedy: a cut multiplies by it, a raise divides
+    min_factor: float = 0.1  # greedy: smallest factor of the configured rate
+    max_factor: float = 10.0  # greedy: largest
+    wait_after_cut: int = 0  # greedy: values (cooldown in transformers)
+    wait_after_raise: int = 0  # greedy: values (warmup in transformers)
+    waiting: str = "all"  # greedy: all (nothing counts meanwhile) | own (the opposite change goes on)
+    reset_after: int = 500  # greedy: cuts at min_factor, after which all starts anew
+    max_head_lr: str | None = None  # number | auto (where plain gradient descent is stable; optimizer.head=sgd)
 
 
 @dataclass
@@ -167,6 +187,17 @@ class RankerConfig:
     clusters_by: str = "rankers"  # rankers | matcher: what finds a document's clusters at prediction
     tree_start: str = "tree"  # tree | random: what the refined tree's k-means starts from
     device: str = "auto"  # auto | cpu | cuda: auto takes a GPU when there is one and it has the solver
+
+
+@dataclass
+class OverlapConfig:
+    """Labels in several clusters, those that the trained model retrieves for their documents (disentanglement)."""
+
+    copies: int = 1  # most clusters a label lies in, 1 to 6; 1: the tree stays as it is clustered
+    rounds: int = 1  # how often clusters are given out anew and rankers trained again
+    max_cluster_size: int | None = None  # most labels given to a cluster; null: any number
+    merge: str = "max"  # max | mean: a label's score from those of its retrieved copies
+    fine_tune: bool = False  # the tree of the matcher is given out anew, too, and the matcher trained on
 
 
 @dataclass
@@ -224,6 +255,9 @@ class RunConfig:
     run_dir: str = "runs/default"
     until: str | None = None  # prepare | tree | linear | match | rank: end after these stages; null: all
     seed: int = 0
+    members: dict[str, list[str]] = field(default_factory=dict)  # name to overrides: one run each, then an ensemble
+    ensemble: str = "average"  # of members: average | rank | sigmoid | softmax | round_robin
+    only_members: list[str] | None = None  # train these and leave the others; []: join those that are finished
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     tree: TreeConfig = field(default_factory=TreeConfig)
@@ -234,6 +268,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ranker: RankerConfig = field(default_factory=RankerConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

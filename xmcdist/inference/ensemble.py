@@ -23,18 +23,25 @@ import filecmp
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from xmcdist.checkpoint.checksums import folder_damage
+from xmcdist.config.checks import ENSEMBLES
 from xmcdist.config.errors import UserError
 from xmcdist.data.dataset import TextStore
+from xmcdist.inference.ensemble_folder import EnsembleFolder
 from xmcdist.inference.predictor import Prediction, Predictor, answers
 
-__all__ = ["METHODS", "Ensemble", "combine", "open_model"]
+if TYPE_CHECKING:
+    from xmcdist.encoders.embed import TextEmbedder
 
-METHODS = ("average", "rank", "sigmoid", "softmax", "round_robin")
+__all__ = ["METHODS", "EncoderOnDisk", "Ensemble", "combine", "open_model"]
+
+METHODS = ENSEMBLES
 _BLOCK = 4096  # documents that all models answer before the next: bounds their matrices
 
 F64 = NDArray[np.float64]
@@ -136,14 +143,33 @@ class Ensemble:
         *,
         trust_remote_code: bool = False,
         part: tuple[int, int] = (0, 1),
+        verify: bool = False,
+        one_encoder: bool = False,
     ) -> Ensemble:
         """Open model folders, memory-mapped; see `Predictor.load`.
+
+        Args:
+            paths: a folder a member.
+            method: one of `METHODS`.
+            trust_remote_code: as of `Predictor.load`, with ``part`` and ``verify``.
+            part: see there.
+            verify: see there.
+            one_encoder: never hold more than one of the members' encoders in memory: each is
+                read anew for every block of documents.  The answers are the same.
 
         Raises:
             UserError: a folder is no model, or two of them do not have the same labels in the
                 same order; the message names the folders and the first label that differs.
         """
-        members = [Predictor.load(path, trust_remote_code=trust_remote_code, part=part) for path in paths]
+        members = []
+        for path in paths:
+            if EnsembleFolder.read(path) is not None:
+                raise UserError(f"{path} is an ensemble itself: name the folders of its members")
+            member = Predictor.load(path, trust_remote_code=trust_remote_code, part=part, verify=verify)
+            if one_encoder and len(paths) > 1 and member.embedder is not None:
+                # it was read, so what is wrong with it is told before the first document
+                member.embedder = cast("TextEmbedder", EncoderOnDisk(Path(path) / "encoder", trust_remote_code))
+            members.append(member)
         for path, member in zip(paths[1:], members[1:], strict=True):
             _check_labels(Path(paths[0]), members[0], Path(path), member)
         return cls(members, method)
@@ -216,25 +242,81 @@ class Ensemble:
         self, texts: Sequence[str] | None, features: sp.csr_matrix | None, k: int, beam: int | None
     ) -> sp.csr_matrix:
         seen: dict[str, sp.csr_matrix] = {}
-        found = [m.scores(texts, features=features, k=k, beam=beam, seen=seen) for m in self.members]
+        found = []
+        on_disk = [m.embedder for m in self.members if isinstance(m.embedder, EncoderOnDisk)]
+        for member in self.members:
+            found.append(member.scores(texts, features=features, k=k, beam=beam, seen=seen))
+            if isinstance(member.embedder, EncoderOnDisk) and len(on_disk) > 1:
+                member.embedder.let_go()
         return combine(found, self.method, k, depth=min(k, self.num_labels))
 
 
+class EncoderOnDisk:
+    """An encoder that is in memory only from the first text until it is let go."""
+
+    def __init__(self, folder: Path, trust_remote_code: bool) -> None:
+        self._folder, self._trust = folder, trust_remote_code
+        self._open: TextEmbedder | None = None
+
+    def __call__(self, texts: list[str]) -> NDArray[np.float32]:
+        """As `xmcdist.encoders.embed.TextEmbedder`."""
+        if self._open is None:
+            from xmcdist.encoders.embed import TextEmbedder
+
+            self._open = TextEmbedder.load(self._folder, trust_remote_code=self._trust)
+        return self._open(texts)
+
+    def let_go(self) -> None:
+        """Give its memory back."""
+        self._open = None
+
+
 def open_model(
-    model: str | Path | Sequence[str], ensemble: str | None = None, *, part: tuple[int, int] = (0, 1)
+    model: str | Path | Sequence[str],
+    ensemble: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    part: tuple[int, int] = (0, 1),
+    verify: bool = False,
+    one_encoder: bool = False,
 ) -> Predictor | Ensemble:
-    """One model folder, or several as an ensemble (by default ``average``).
+    """One model folder, several as an ensemble (by default ``average``), or the folder of an ensemble.
+
+    Args:
+        model: a folder, or a list of folders.
+        ensemble: how several models' answers are joined; for the folder of an ensemble in
+            place of its own way.
+        trust_remote_code: with ``part``, ``verify`` and ``one_encoder`` as of `Ensemble.load`.
+        part: see there.
+        verify: see there.
+        one_encoder: see there.
 
     Raises:
         UserError: as `Predictor.load` and `Ensemble.load`; or a method without several models.
     """
     if isinstance(model, (str, Path)):
-        if ensemble is not None:
-            raise UserError(f"ensemble={ensemble} needs several models: model=[FOLDER,FOLDER]")
-        return Predictor.load(model, part=part)
-    if not isinstance(model, Sequence) or not model or not all(isinstance(path, str) for path in model):
+        found = EnsembleFolder.read(model)
+        if found is None:
+            if ensemble is not None:
+                raise UserError(f"ensemble={ensemble} needs several models: model=[FOLDER,FOLDER]")
+            return Predictor.load(model, trust_remote_code=trust_remote_code, part=part, verify=verify)
+        damage = folder_damage(Path(model), contents=True) if verify else None
+        if damage is not None:
+            raise UserError(f"{damage}: copy the model again, or start its training command again")
+        paths: Sequence[str | Path] = list(found.folders.values())
+        ensemble = ensemble or found.method
+    elif not isinstance(model, Sequence) or not model or not all(isinstance(path, (str, Path)) for path in model):
         raise UserError(f"model={model} is neither a folder nor a list of folders, model=[FOLDER,FOLDER]")
-    return Ensemble.load(model, ensemble or METHODS[0], part=part)
+    else:
+        paths = model
+    return Ensemble.load(
+        paths,
+        ensemble or METHODS[0],
+        trust_remote_code=trust_remote_code,
+        part=part,
+        verify=verify,
+        one_encoder=one_encoder,
+    )
 
 
 def _check_labels(first: Path, a: Predictor, second: Path, b: Predictor) -> None:

@@ -13,6 +13,7 @@ from xmcdist.config.errors import UserError
 from xmcdist.data.dataset import PreparedDataset
 from xmcdist.inference.beam import top_k_arrays
 from xmcdist.inference.calibration import METHODS, expected_calibration_error, fit_calibration
+from xmcdist.inference.ensemble_folder import EnsembleFolder
 from xmcdist.inference.predictor import Predictor
 from xmcdist.observability.log import RunLog
 from xmcdist.parallel.collectives import gather_objects
@@ -40,6 +41,8 @@ def calibrate(cfg: CalibrateConfig, world: World) -> str:
     share_cores(world)
     with errors_together():
         _check(cfg)
+        if EnsembleFolder.read(cfg.model) is not None:
+            raise UserError(f"model={cfg.model} is an ensemble, which has no probabilities: calibrate a single model")
         predictor = Predictor.load(cfg.model)
     with prepared_for_all(cfg.dataset, world) as folder:
         with errors_together():

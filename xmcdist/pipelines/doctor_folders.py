@@ -74,10 +74,10 @@ def _state(run_dir: Path, done: int, unfinished: list[str]) -> str:
 
 def model_checks(folder: Path, verify: bool) -> list[_Row]:
     """Whether a model folder can be opened, and with ``verify`` whether every file is what was written."""
-    from xmcdist.inference.predictor import Predictor
+    from xmcdist.inference.ensemble import open_model
 
     try:
-        Predictor.load(folder, verify=verify)
+        open_model(folder, verify=verify)
     except UserError as error:
         return [("model", "fail", str(error), "" if verify else "verify=true reads every byte")]
     how = "every byte compared with its checksum" if verify else "sizes and types; verify=true reads every byte"

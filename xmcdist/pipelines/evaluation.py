@@ -60,6 +60,7 @@ def measure(
     world: World,
     batch: int | None = None,
     tick: Callable[[int], None] = lambda done: None,
+    keep: Callable[[np.ndarray, np.ndarray], None] = lambda scores, labels: None,
 ) -> dict[str, float]:
     """Metrics of a predictor over all test documents; collective.
 
@@ -75,6 +76,8 @@ def measure(
             holds the same documents whatever the number of ranks.  None: every rank takes a
             contiguous share, for predictors to which blocks mean nothing.
         tick: told how many documents all ranks have done.
+        keep: handed what each block was measured by: scores float32 and labels int64, both
+            ``[documents, max(ks)]``, best first, label -1 where there are no more.
 
     Returns:
         Percent by key, such as ``"P@1"``, ``"PSP@5"``, ``"tail/R@10"``.
@@ -89,7 +92,8 @@ def measure(
         tail_below=cfg.tail_below,
     )
     for first, last in _shares(Y.shape[0], world, batch):
-        _, labels = top_k_arrays(predict(first, last), max(cfg.ks))
+        scores, labels = top_k_arrays(predict(first, last), max(cfg.ks))
+        keep(scores, labels)
         if last > first:
             sums.update(labels, Y[first:last])
         tick(min(last * world.world_size if batch is None else last, Y.shape[0]))
@@ -120,7 +124,9 @@ def evaluate_model(cfg: EvaluateConfig, world: World) -> dict[str, float]:
     with errors_together():
         if cfg.batch < 1:
             raise UserError(f"batch={cfg.batch} must be at least 1")
-        predictor = open_model(cfg.model, cfg.ensemble, part=model_part(cfg.parallel, world))
+        predictor = open_model(
+            cfg.model, cfg.ensemble, part=model_part(cfg.parallel, world), one_encoder=cfg.one_encoder
+        )
     with prepared_for_all(cfg.dataset, world) as folder:
         metrics = _evaluate(cfg, predictor, folder, world)
     if cfg.output and world.is_main:

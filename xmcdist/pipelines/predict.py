@@ -80,7 +80,7 @@ def _open(cfg: PredictConfig, world: World) -> tuple[Predictor | Ensemble, sp.cs
     for name, value in (("k", cfg.k), ("batch", cfg.batch)):
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
-    predictor = open_model(cfg.model, cfg.ensemble, part=model_part(cfg.parallel, world))
+    predictor = open_model(cfg.model, cfg.ensemble, part=model_part(cfg.parallel, world), one_encoder=cfg.one_encoder)
     if not predictor.wants_features:
         if cfg.features is not None or _is_matrix(cfg.input):
             raise UserError(f"model={cfg.model} reads texts alone: give input=FILE of texts, and no features")

@@ -23,6 +23,8 @@ __all__ = ["Run", "shaping_settings"]
 _FREE = {
     "run_dir",
     "until",
+    "ensemble",
+    "only_members",
     "dataset.prepared",
     "engine.name",
     "engine.label_shards",
@@ -36,7 +38,7 @@ _FREE = {
     "matcher.scoring",
     "ranker.device",
 }
-_FREE_GROUPS = {"tracker", "checkpoint", "evaluation"}
+_FREE_GROUPS = {"tracker", "checkpoint", "evaluation", "members"}
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Run:
     stages: StageStore
     data: PreparedDataset
     mesh: Mesh
+    member: bool = False  # of an ensemble, which reads the scores that it leaves
 
     def own(self, rows: int) -> tuple[int, int]:
         """This rank's contiguous share of ``rows`` documents."""

@@ -36,7 +36,9 @@ from xmcdist.pipelines.evaluation import TABLE_KEYS, label_frequency, measure
 from xmcdist.pipelines.export import export_stage
 from xmcdist.pipelines.features import features_stage
 from xmcdist.pipelines.interruptible import InterruptibleStages
+from xmcdist.pipelines.kept_scores import KeptScores
 from xmcdist.pipelines.label_embedding import check_label_embedding
+from xmcdist.pipelines.overlap import Trained, last_of_matcher, overlap_rank_stages
 from xmcdist.pipelines.prepare import prepare_data
 from xmcdist.pipelines.ranking import rank_stages
 from xmcdist.pipelines.report import draw_report
@@ -58,6 +60,7 @@ def train(
     world: World,
     make: Callable[[Path], PreparedDataset] | None = None,
     then: Callable[[Run], dict[str, Any]] | None = None,
+    member_of: Path | None = None,
 ) -> dict[str, Any]:
     """Run every stage that is not done yet; collective.
 
@@ -65,6 +68,9 @@ def train(
         make: of the prepared data, as `prepare_data` takes it; None: from ``cfg.dataset``.
         then: further stages of a run that has come to its matcher or beyond; what it returns
             is added to the results, which there are then also where ``until`` ends the run.
+        member_of: run folder of the ensemble that this run is a member of.  It is told of a
+            pre-emption, its other members lend stages made from the same inputs, and the
+            scores of test documents are kept for it.
 
     Returns:
         What ``results.json`` holds: ``metrics`` and ``baseline`` (percent), ``seconds`` per
@@ -76,9 +82,14 @@ def train(
             nothing finished is lost.
         Preempted: a signal asked one of the ranks to end; the same settings go on.
     """
+    if cfg.members:
+        raise ValueError("an ensemble's members are trained by train_members")
     log = RunLog(Path(cfg.run_dir), world)
+    with errors_together():
+        if world.is_main and (Path(cfg.run_dir) / "members").is_dir():
+            raise UserError(f"run_dir={cfg.run_dir} holds an ensemble of several runs: choose another run_dir=...")
     with held(Path(cfg.run_dir), world, log.say, slurm_job()) as guard:
-        return _train(cfg, world, log, guard, make, then)
+        return _train(cfg, world, log, guard, make, then, member_of)
 
 
 def _train(
@@ -88,6 +99,7 @@ def _train(
     guard: Callable[[], None],
     make: Callable[[Path], PreparedDataset] | None,
     then: Callable[[Run], dict[str, Any]] | None,
+    member_of: Path | None,
 ) -> dict[str, Any]:
     started = time.perf_counter()
     run_dir = Path(cfg.run_dir)
@@ -97,8 +109,11 @@ def _train(
     with errors_together():
         if world.is_main:
             check_trackers(cfg.tracker)
-    preemption.begin(run_dir, log.say, watch.gone)
+    preemption.begin(member_of or run_dir, log.say, watch.gone)
     stages = InterruptibleStages(run_dir, world, log.say, verify=cfg.checkpoint.verify, guard=guard)
+    if member_of is not None:
+        others = [*(member_of / "members").glob("*"), *(member_of / "members").glob(".other/*")]
+        stages.lenders = sorted(path for path in others if path != run_dir)
     settings = shaping_settings(cfg)
     stages.check(settings)
     if world.is_main:
@@ -117,7 +132,7 @@ def _train(
         raise UserError("this data set has features but no texts, so only the linear path is open: set encoder=none")
     stages.remember(settings)
     stages.seconds["prepare"] = time.perf_counter() - started
-    run = Run(cfg, world, log, stages, data, mesh)
+    run = Run(cfg, world, log, stages, data, mesh, member=member_of is not None)
     check_label_embedding(run)
     _start_trackers(run)
     log.metrics({"stage": "prepare", "seconds": round(stages.seconds["prepare"], 3)}, once=True)
@@ -165,13 +180,20 @@ def _stages(run: Run) -> tuple[dict[str, float], dict[str, float]] | None:
     linear = None
     if linear_only or (cfg.evaluation.linear_baseline and has_test):
         linear = rank_stages(run, "linear", Features(sparse=X, dense=None), tree, after=("features", "tree"))
+    clustered = linear
+    if linear_only and linear is not None and cfg.overlap.copies > 1:
+        trained = Trained(linear, tree, ("features", "tree"))
+        linear = overlap_rank_stages(run, "linear", Features(sparse=X, dense=None), trained)
     if cfg.until == "linear":
         return None
-    if linear is not None and X_test is not None and cfg.until is None:
-        baseline = _measure(run, linear, Features(sparse=X_test, dense=None))
+    if clustered is not None and X_test is not None and cfg.until is None:
+        baseline = _measure(run, clustered, Features(sparse=X_test, dense=None))
     if linear_only and linear is not None:
+        metrics = baseline
+        if linear is not clustered and X_test is not None:
+            metrics = _measure(run, linear, Features(sparse=X_test, dense=None))
         export_stage(run, linear, encoder=None, sparse=True)
-        return baseline, baseline
+        return metrics, baseline
     from xmcdist.pipelines.matching import match_stages
 
     matched = match_stages(run, tree)
@@ -181,20 +203,26 @@ def _stages(run: Run) -> tuple[dict[str, float], dict[str, float]] | None:
     dense_test = np.load(matched / "E.tst.npy", mmap_mode="r", allow_pickle=False) if has_test else None
     use_sparse, use_dense = cfg.ranker.features != "dense", cfg.ranker.features != "sparse"
     features = Features(sparse=X if use_sparse else None, dense=dense if use_dense else None)
-    after = ("features", "tree", "embed")
+    after: tuple[str, ...] = ("features", "tree", "embed")
     matcher = ClusterMatcher.load(matched / "matcher") if cfg.ranker.clusters_by == "matcher" else None
     if matcher is not None:
         last = matcher.num_levels
-        above = matched.with_name(f"match-{last}")
-        rankers = rank_stages(run, "rank", features, tree, after=after, first_level=last + 1, above=above)
+        followed, levels = (matched.with_name(name) for name in last_of_matcher(cfg.overlap))
+        above, after = levels.with_name(f"{levels.name}-{last}"), (*after, followed.name)
+        rankers = rank_stages(run, "rank", features, followed, after=after, first_level=last + 1, above=above)
+        trained = Trained(rankers, followed, after, above)
     else:
         start = tree if cfg.ranker.tree_start == "tree" else None
         refined = tree_stage(run, "ranker_tree", cfg.ranker_tree, features, after=after, start=start)
         log_cluster_sizes(run, refined)
-        rankers = rank_stages(run, "rank", features, refined, after=(*after, "ranker_tree"))
+        after = (*after, "ranker_tree")
+        rankers = rank_stages(run, "rank", features, refined, after=after)
+        trained = Trained(rankers, refined, after)
+    if cfg.overlap.copies > 1:
+        rankers = overlap_rank_stages(run, "rank", features, trained)
     if cfg.until == "rank":
         return None
-    metrics: dict[str, float] = {}
+    metrics = {}
     if has_test:
         test = Features(sparse=X_test if use_sparse else None, dense=dense_test if use_dense else None)
         raw = np.load(matched / "raw.tst.npy", mmap_mode="r", allow_pickle=False) if matcher is not None else None
@@ -230,7 +258,8 @@ def _measure(
         )
         return scores if known is None else without(scores, known[start:stop])
 
-    return measure(
+    kept = KeptScores()
+    metrics = measure(
         predict,
         run.data.Y("tst"),
         label_frequency(Y),
@@ -238,7 +267,11 @@ def _measure(
         cfg.evaluation,
         (cfg.dataset.propensity_a, cfg.dataset.propensity_b),
         run.world,
+        keep=kept.add if run.member else lambda scores, labels: None,
     )
+    if run.member:
+        kept.write(Path(cfg.run_dir), max(cfg.evaluation.ks), run.world)
+    return metrics
 
 
 def _results(
@@ -269,6 +302,8 @@ def _results(
             rows = {"linear only": baseline} if baseline else {}
             if run.cfg.encoder.preset != "none":
                 rows["full"] = metrics
+            elif run.cfg.overlap.copies > 1:
+                rows["disentangled"] = metrics
             print(format_table(rows, TABLE_KEYS), flush=True)
         made = f"model in {Path(run.cfg.run_dir) / 'model'}; " if run.cfg.until is None else ""
         run.log.say(f"{made}{wall:.0f} s since this start")

@@ -8,6 +8,7 @@ from typing import Any
 
 from xmcdist.checkpoint.atomic import read_json
 from xmcdist.config.errors import UserError
+from xmcdist.inference.ensemble_folder import EnsembleFolder
 
 __all__ = ["count_labels", "folders_of", "name_of"]
 
@@ -37,7 +38,9 @@ def count_labels(model: Any) -> int:
         UserError: a folder is no model folder.
     """
     counts = []
-    for path in map(Path, folders_of(model)):
+    folders = list(map(Path, folders_of(model)))
+    ensemble = EnsembleFolder.read(folders[0]) if len(folders) == 1 else None
+    for path in folders if ensemble is None else ensemble.folders.values():
         told = read_json(path / "config.json") if (path / "config.json").is_file() else {}
         if not isinstance(told.get("num_labels"), int):  # a run folder has a config.json of another kind
             raise UserError(f"{path} is no model folder (a run keeps its model in RUN/model)")
