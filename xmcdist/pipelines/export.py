@@ -37,12 +37,13 @@ def export_stage(
             rankers find them.
     """
     last = list(run.stages.prints)[-1]
+    merge = {} if rankers.merge == "max" else {"merge": rankers.merge}
 
     def body(folder: Path) -> None:
         if run.world.is_main:
             _write(run, rankers, encoder, sparse, matcher, folder / "model")
 
-    stage = run.stages.run("export", run.inputs("ranker", after=(last,), beam=run.cfg.ranker.beam), body)
+    stage = run.stages.run("export", run.inputs("ranker", after=(last,), beam=run.cfg.ranker.beam, **merge), body)
     model = Path(run.cfg.run_dir) / "model"
     with errors_together(), no_space_is_clear(model):
         if run.world.is_main:
@@ -105,7 +106,10 @@ def trained_on(data: PreparedDataset, split: str = "trn") -> dict[str, str]:
 
 
 def link_folder(source: Path, target: Path, calibration: bytes | None = None) -> None:
-    """Copy a folder by hard links where the file system has them: the bytes are there already."""
+    """Copy a folder by hard links where the file system has them: the bytes are there already.
+
+    What lies at ``target`` is replaced whole, in one step.
+    """
 
     def one(a: str, b: str) -> str:
         try:

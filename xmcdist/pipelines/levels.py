@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -12,7 +14,9 @@ from xmcdist.config.errors import UserError
 from xmcdist.config.schema import RunConfig
 from xmcdist.trees.label_tree import LabelTree
 
-__all__ = ["matched_levels", "per_level", "root_rows"]
+__all__ = ["matched_levels", "overlapping_trees", "per_level", "root_rows"]
+
+_OVERLAP = re.compile(r"(rank|linear|match)_overlap(\d+)_tree")
 
 V = TypeVar("V")
 
@@ -45,6 +49,16 @@ def matched_levels(cfg: RunConfig, tree: LabelTree) -> int:
         )
     last = tree.depth - 1 if by_matcher else tree.depth
     return max(t for t in range(1, last + 1) if tree.level_size(t) <= most)
+
+
+def overlapping_trees(stages: Path) -> list[Path]:
+    """Finished stages in ``RUN/stages`` of trees with labels in several clusters, what models follow first."""
+    found = []
+    for path in stages.glob("*_overlap*_tree"):
+        name = _OVERLAP.fullmatch(path.name)
+        if name and (path / "stage.json").exists():
+            found.append((("rank", "linear", "match").index(name[1]), -int(name[2]), path))
+    return [path for *_, path in sorted(found)]
 
 
 def root_rows(rows: int) -> sp.csr_matrix:

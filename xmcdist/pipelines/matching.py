@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from xmcdist.checkpoint.parts import write_csr, write_rows
 from xmcdist.checkpoint.train_state import StateStore, load_state
+from xmcdist.config.errors import UserError
 from xmcdist.config.schema import RunConfig
 from xmcdist.data.batches import GlobalBatches
 from xmcdist.data.tokens import TokenShards, write_tokens
@@ -30,9 +31,11 @@ from xmcdist.pipelines.hard_negatives import active_of_level, report_level
 from xmcdist.pipelines.interruptible import tell_nonfinite
 from xmcdist.pipelines.level_log import LevelLog, beam_metrics, steps_before
 from xmcdist.pipelines.levels import matched_levels, per_level, root_rows
+from xmcdist.pipelines.overlap import overlap_tree_stage
 from xmcdist.pipelines.precision import decide_precision
 from xmcdist.pipelines.run import Run
 from xmcdist.rankers.solver import SolverParams, solve_level
+from xmcdist.sparse.csr import row_slice
 from xmcdist.sparse.features import Features, unit_vectors
 from xmcdist.sparse.store import open_csr
 from xmcdist.training.engine import Engine, open_engine
@@ -60,18 +63,39 @@ def match_stages(run: Run, tree_folder: Path) -> Path:
     """
     tree = LabelTree.load(tree_folder / "tree")
     last = matched_levels(run.cfg, tree)
+    leaf = tree.depth - 1
+    if run.cfg.overlap.fine_tune and last < leaf:
+        raise UserError(
+            f"overlap.fine_tune=true goes by the leaf clusters that the matcher finds, and its last level is {last}: "
+            f"set matcher.max_clusters to at least the {tree.level_size(leaf)} clusters of level {leaf}"
+        )
     tokens = _tokens_stage(run)
 
     @functools.cache
     def engine() -> Engine:  # not on the CPU node that has only later stages to do
         return open_engine(replace(run.cfg.engine, precision=decide_precision(run)), run.mesh)
 
-    above: Path | None = None
-    for t in range(1, last + 1):
-        above = _Level(run, engine, tree, tree_folder, tokens, t, above, last).stage()
-    if above is None:
-        raise AssertionError("there is a level")
-    return _embed_stage(run, engine, tokens, above, last, tree)
+    def train(pass_: _Pass) -> Path:
+        above: Path | None = None
+        for t in range(1, last + 1):
+            above = _Level(run, engine, tree, pass_, tokens, t, above, last).stage()
+        if above is None:
+            raise AssertionError("there is a level")
+        return above
+
+    trained = train(_Pass("match", tree_folder))
+    for number in range(1, run.cfg.overlap.rounds + 1 if run.cfg.overlap.fine_tune else 1):
+        before, name = trained.name, f"match_overlap{number}"
+        found = functools.partial(_leaf_clusters, run, trained.with_name(f"{before.rsplit('-', 1)[0]}-{leaf}"))
+        tree_folder = overlap_tree_stage(run, f"{name}_tree", tree_folder, (tree_folder.name, before), found)
+        tree = LabelTree.load(tree_folder / "tree")
+        trained = train(_Pass(name, tree_folder, begin=trained, steps=number * steps_before(run, last + 1)))
+    return _embed_stage(run, engine, tokens, trained, last, tree)
+
+
+def _leaf_clusters(run: Run, stage: Path) -> sp.csr_matrix:
+    """What the matcher retrieves for this rank's training documents ``[n, K]``."""
+    return row_slice(open_csr(stage / "P"), *run.own(run.data.num_docs("trn")))
 
 
 def _tokens_stage(run: Run) -> Path:
@@ -93,6 +117,16 @@ def _tokens_stage(run: Run) -> Path:
     return run.stages.run("tokens", run.inputs(made_of=made_of), body)
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """Fine-tuning from the first level to the last; a further one begins where the one before ended."""
+
+    name: str  # of its stages, before the level
+    tree_folder: Path
+    begin: Path | None = None  # the last stage of the pass before
+    steps: int = 0  # optimizer steps that passes before may have taken
+
+
 @dataclass
 class _Level:
     """One level's stage; also what the training loop reports to."""
@@ -100,33 +134,46 @@ class _Level:
     run: Run
     engine: Callable[[], Engine]
     tree: LabelTree
-    tree_folder: Path
+    pass_: _Pass
     tokens_folder: Path
     t: int
     above: Path | None  # the stage of the level before
     levels: int  # that are fine-tuned
 
     def stage(self) -> Path:
-        run, before = self.run, f"match-{self.t - 1}" if self.t > 1 else "tokens"
+        run, name, begin = self.run, self.pass_.name, self.pass_.begin
+        before = f"{name}-{self.t - 1}" if self.t > 1 else "tokens" if begin is None else begin.name
         inputs = run.inputs(
-            "encoder", "matcher", "negatives", "optimizer", "schedule", "engine", "seed", after=("tree", before)
+            "encoder",
+            "matcher",
+            "negatives",
+            "optimizer",
+            "schedule",
+            "engine",
+            "seed",
+            after=(self.pass_.tree_folder.name, before),
         )
-        return run.stages.run(f"match-{self.t}", inputs | {"level": self.t}, self.body)
+        return run.stages.run(f"{name}-{self.t}", inputs | {"level": self.t}, self.body)
+
+    @property
+    def start(self) -> Path | None:
+        """The stage whose encoder this level begins with; None: the pretrained one."""
+        return self.above or self.pass_.begin
 
     def body(self, folder: Path) -> None:
         run, cfg, t = self.run, self.run.cfg, self.t
         self.folder, self.child_ptr = folder, self.tree.child_ptr[t - 1]
         self.tokens = TokenShards.open(self.tokens_folder / "tokens.trn")
-        self.Y = open_csr(self.tree_folder / f"Y.level-{t}")
+        self.Y = open_csr(self.pass_.tree_folder / f"Y.level-{t}")
         M = self._matching()
-        encoder = load_encoder(cfg.encoder, cfg.seed) if self.above is None else _open_encoder(run, self.above)
+        encoder = load_encoder(cfg.encoder, cfg.seed) if self.start is None else _open_encoder(run, self.start)
         encoder = _restore_switches(encoder, run)
         self.shard = run.mesh.label_shard(self.tree.level_size(t))
         head = ShardedHead(self.shard, encoder.dim, seed=cfg.seed, level=t)
         keep, asynchronous = cfg.checkpoint.keep, cfg.checkpoint.asynchronous
         self.store = StateStore(folder / "checkpoints", run.mesh, keep=keep, asynchronous=asynchronous, say=run.log.say)
         saved = self.store.latest()
-        if saved is None and self.above is not None:
+        if saved is None and self.start is not None:
             self._bootstrap(head, M)
         train_ids, self.validation_ids = self._split()
         steps = per_level(cfg.matcher.steps, t)
@@ -140,7 +187,7 @@ class _Level:
             names = encoder.state_dict().keys()
             like = {name: x for name, x in self.engine().template(encoder).items() if name in names}
             resume = load_state(saved, run.mesh, encoder_like=like, num_rows=self.shard.num_labels)
-            run.log.say(f"match-{t}: going on at step {resume['step']}")
+            run.log.say(f"{self.pass_.name}-{t}: going on at step {resume['step']}")
         task = LevelTask(
             level=t,
             steps=steps,
@@ -166,6 +213,7 @@ class _Level:
         )
         done = 0 if resume is None else int(resume["step"])
         self.told = LevelLog(run, self.engine(), t, encoder, decide_precision(run), done)
+        self.told.before += self.pass_.steps
         self.left_out_steps = int(resume["extra"].get("skipped", 0)) if resume is not None else 0
         try:
             with run.log.progress(f"level {t}", steps) as self.tick:
@@ -174,7 +222,7 @@ class _Level:
             self.store.finish()  # in its place before anyone leaves
             raise
         if result.stopped_early:
-            run.log.say(f"match-{t}: validation stopped it after {result.steps} of {steps} steps")
+            run.log.say(f"{self.pass_.name}-{t}: validation stopped it after {result.steps} of {steps} steps")
         self.store.finish()
         self._finish(result.encoder, head)
 
@@ -184,19 +232,25 @@ class _Level:
         start, stop = run.own(run.data.num_docs("trn"))
         part = root_rows(stop - start)
         if self.above is not None:
-            true = open_csr(self.tree_folder / f"Y.level-{t - 1}")[start:stop]
+            true = open_csr(self.pass_.tree_folder / f"Y.level-{t - 1}")[start:stop]
             part = active_of_level(run.cfg.negatives, true, self.above, start, stop)
         write_csr(self.folder / "M", part, run.world)
         return open_csr(self.folder / "M")
 
     def _bootstrap(self, head: ShardedHead, M: sp.csr_matrix) -> None:
-        """Start this level's rows from the level above: its embeddings, or its rows."""
-        cfg, above = self.run.cfg.matcher, self.above
+        """Start this level's rows from the level above: its embeddings, or its rows.
+
+        The first level of a further pass starts from the embeddings that the pass before ended
+        with, or from its rows of that level, whose nodes are the same.
+        """
+        cfg, above = self.run.cfg.matcher, self.start
         if above is None or cfg.bootstrap == "none":
             return
         nodes = (self.shard.start, self.shard.stop)
         if cfg.bootstrap == "inherit":
             parents = self.tree.parents(self.t)[nodes[0] : nodes[1]]
+            if self.above is None:
+                parents, above = np.arange(*nodes), above.with_name(f"{above.name.rsplit('-', 1)[0]}-{self.t}")
             rows = np.load(above / "head.npy", mmap_mode="r", allow_pickle=False)
             bias = np.load(above / "bias.npy", mmap_mode="r", allow_pickle=False)
             head.load_rows(np.asarray(rows[parents]), np.asarray(bias[parents]))
@@ -235,7 +289,9 @@ class _Level:
         E = _embed(run, encoder, self.tokens, own)
         write_rows(self.folder / "E.npy", E, run.world)
         P = self._beam(E, head, own)
-        report_level(run, self.folder, self.tree, self.t, P, self.Y[own], steps_before(run, self.t + 1))
+        report_level(
+            run, self.folder, self.tree, self.t, P, self.Y[own], self.pass_.steps + steps_before(run, self.t + 1)
+        )
         write_csr(self.folder / "P", P, run.world)
 
     def _beam(self, E: NDArray[np.float32], head: ShardedHead, ids: NDArray[np.int64]) -> sp.csr_matrix:
@@ -289,12 +345,12 @@ def _embed_stage(
         if run.world.is_main:
             encoder.save(folder / "encoder", _open_tokenizer(run, tokens_folder))
             if by_matcher:
-                stages = [last.with_name(f"match-{t}") for t in range(1, level + 1)]
+                stages = [last.with_name(f"{last.name.rsplit('-', 1)[0]}-{t}") for t in range(1, level + 1)]
                 rows = [_head_rows(stage) for stage in stages]
                 ClusterMatcher.from_rows(tree, rows, post_processor).save(folder / "matcher")
 
     made_for = {"matcher": post_processor} if by_matcher else {}
-    return run.stages.run("embed", run.inputs(after=("tokens", f"match-{level}"), **made_for), body)
+    return run.stages.run("embed", run.inputs(after=("tokens", last.name), **made_for), body)
 
 
 def _score_for_rankers(cfg: RunConfig, is_above_labels: bool) -> str:

@@ -79,6 +79,7 @@ def rank_stages(
         post_processor=r.post_processor,
         last_post_processor=r.last_post_processor or r.post_processor,
         first_level=first_level,
+        merge=run.cfg.overlap.merge,
     )
 
 

@@ -17,6 +17,7 @@ from xmcdist.checkpoint.atomic import no_space_is_clear, read_json
 from xmcdist.config.errors import UserError
 from xmcdist.data.dataset import PreparedDataset
 from xmcdist.inference.predictor import Predictor
+from xmcdist.pipelines.levels import overlapping_trees
 from xmcdist.report.bars import Sizes
 from xmcdist.report.facts import Answer, Facts, Frequency, LevelTables, Sample, Tree
 from xmcdist.report.page import page
@@ -148,10 +149,13 @@ def _seconds(run_dir: Path, facts: Facts) -> list[tuple[str, float]]:
         if not file.parent.name.endswith((".partial", ".old")):
             found.setdefault(file.parent.name, float(read_json(file)["seconds"]))
 
-    def place(name: str) -> tuple[int, int, str]:
+    def place(name: str) -> tuple[int, int, int, str]:
         level = re.search(r"-(\d+)$", name)
         stem = name[: level.start()] if level else name
-        return (_ORDER.index(stem) if stem in _ORDER else len(_ORDER), int(level.group(1)) if level else 0, name)
+        again = re.search(r"_overlap(\d+)(_tree)?$", stem)  # a round after the first: its tree, then its levels
+        stem = stem[: again.start()] if again else stem
+        order = _ORDER.index(stem) if stem in _ORDER else len(_ORDER)
+        return order, int(again.group(1)) if again else 0, int(level.group(1)) if level else 0, name
 
     return sorted(found.items(), key=lambda row: place(row[0]))
 
@@ -178,8 +182,10 @@ def _unfinished(run_dir: Path, facts: Facts) -> str | None:
 
 def _trees(run_dir: Path) -> list[Tree]:
     found = []
-    for stage, name in (("tree", "Label tree"), ("ranker_tree", "Refined tree")):
-        folder = run_dir / "stages" / stage / "tree"
+    stages = [(run_dir / "stages" / "tree", "Label tree"), (run_dir / "stages" / "ranker_tree", "Refined tree")]
+    stages += [(stage, "Tree with labels in several clusters") for stage in overlapping_trees(run_dir / "stages")[:1]]
+    for stage, name in stages:
+        folder = stage / "tree"
         depth = int(_optional_json(folder / "tree.json").get("depth", 0))
         if depth:
             found.append(_tree(name, [np.load(folder / f"child_ptr-{t}.npy", "r") for t in range(1, depth + 1)]))

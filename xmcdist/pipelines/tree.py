@@ -10,6 +10,7 @@ from xmcdist.config.errors import UserError
 from xmcdist.config.schema import TreeConfig
 from xmcdist.data.dataset import TextStore
 from xmcdist.pipelines.label_embedding import document_features, files_behind, label_text_stage
+from xmcdist.pipelines.levels import overlapping_trees
 from xmcdist.pipelines.run import Run
 from xmcdist.sparse.features import Features
 from xmcdist.trees.build import build_label_tree
@@ -69,7 +70,8 @@ def show_tree(cfg: TreeShowConfig) -> str:
         tree_folder, texts_at = Path(cfg.model, "rankers", "tree"), Path(cfg.model)
     else:
         stages = Path(str(cfg.run_dir), "stages")
-        built = [p / "tree" for p in (stages / "ranker_tree", stages / "tree") if (p / "stage.json").exists()]
+        plain = [p for p in (stages / "ranker_tree", stages / "tree") if (p / "stage.json").exists()]
+        built = [p / "tree" for p in (*overlapping_trees(stages), *plain)]
         if not built:
             raise UserError(f"{cfg.run_dir} has no finished tree stage")
         tree_folder, texts_at = built[0], Path(str(cfg.run_dir), "prepared")
