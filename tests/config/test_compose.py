@@ -14,6 +14,10 @@ from xmcdist.config.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
+NEEDS = {
+    "hf": ["encoder.name=x"],
+    "greedy_validation": ["matcher.validation_fraction=0.1"],
+}
 GROUPS = [p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "site", "debug", "experiment")]
 
 
@@ -23,8 +27,7 @@ def test_every_choice_composes(group: str) -> None:
         if group == "counts":  # of plan alone
             assert compose_run([f"counts={path.stem}"], config_name="plan")
             continue
-        extra = ["encoder.name=x"] if path.stem == "hf" else []
-        compose_run([f"{group}={path.stem}", "dataset.path=somewhere", *extra])
+        compose_run([f"{group}={path.stem}", "dataset.path=somewhere", *NEEDS.get(path.stem, [])])
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda p: p.stem)

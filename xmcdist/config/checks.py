@@ -9,6 +9,7 @@ from typing import Any
 
 from xmcdist.config.commands import GiantConfig
 from xmcdist.config.schedule_checks import SCHEDULE_AT_LEAST, SCHEDULE_CHOICES, schedule_faults
+from xmcdist.config.schedule_checks import SCHEDULE_AT_LEAST, SCHEDULE_CHOICES, schedule_faults
 from xmcdist.config.schema import RunConfig
 from xmcdist.config.tree_checks import tree_faults
 
@@ -180,6 +181,7 @@ def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
             not 0 < n.consistent_share <= 1,
             f"negatives.consistent_share={n.consistent_share} is a share of a cluster's documents, in (0, 1]",
         ),
+        *schedule_faults(cfg),
         *schedule_faults(cfg),
         (m.bootstrap_c <= 0, f"matcher.bootstrap_c={m.bootstrap_c} must be positive"),
         (

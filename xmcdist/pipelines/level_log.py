@@ -22,7 +22,6 @@ from xmcdist.observability.environment import peak_memory_mb
 from xmcdist.parallel.collectives import all_reduce, all_reduce_array, gather_objects
 from xmcdist.pipelines.levels import per_level
 from xmcdist.pipelines.run import Run
-from xmcdist.schedules.lr import lr_factor
 from xmcdist.training.engine import Engine
 
 __all__ = ["LevelLog", "beam_metrics", "memory_mb", "steps_before", "utilisation"]
@@ -75,7 +74,8 @@ class LevelLog:
         """
         row = {"global_step": self.before + values["step"], **values}
         squared = row.pop("length_squared", 0.0)
-        row |= self._of_all_ranks(row) | self._rates(row)
+        norms = dict(zip(("encoder_grad_norm", "head_grad_norm"), self.engine.norms, strict=True))
+        row |= self._of_all_ranks(row) | norms
         row["mfu_percent"] = None
         if self.costs is not None and self.peak:
             row["mfu_percent"] = utilisation(
@@ -109,12 +109,6 @@ class LevelLog:
         (memory, wait), (percent, seconds) = table[:, :2].amax(0).tolist(), table[:, 2:].mean(0).tolist()
         names = ("memory_mb", "data_wait_percent", "collective_percent", "collective_s")
         return {name: round(x, 4) for name, x in zip(names, (memory, wait, percent, seconds), strict=True)}
-
-    def _rates(self, row: dict[str, Any]) -> dict[str, float]:
-        cfg = self.run.cfg
-        head_lr = cfg.optimizer.lr if cfg.optimizer.head_lr is None else cfg.optimizer.head_lr
-        norms = dict(zip(("encoder_grad_norm", "head_grad_norm"), self.engine.norms, strict=True))
-        return {"head_lr": head_lr * lr_factor(cfg.schedule, row["step"] - 1, row["total"]), **norms}
 
 
 def utilisation(

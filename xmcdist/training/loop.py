@@ -32,8 +32,9 @@ from xmcdist.matchers.head import ShardedHead
 from xmcdist.matchers.losses import ragged_loss
 from xmcdist.parallel import watch
 from xmcdist.parallel.collectives import all_gather_embeddings, all_reduce
-from xmcdist.schedules.lr import lr_factor
+from xmcdist.schedules.level import LevelSchedule
 from xmcdist.training import preemption
+from xmcdist.training.ceiling import head_ceiling
 from xmcdist.training.engine import Engine
 from xmcdist.training.meters import Window
 from xmcdist.training.nonfinite import DivergedError, NonFinite, Skips, Trace, describe, diverged
@@ -93,14 +94,17 @@ class LevelResult:
 
 @dataclass
 class _State:
-    """All that changes while a level trains."""
+    """All that changes while a level trains, and the bound that was measured when it began."""
 
     engine: Engine
     head: ShardedHead
     head_optimizer: torch.optim.Optimizer
     batches: GlobalBatches
+    schedule: LevelSchedule
+    max_head_lr: float = math.inf
     step: int = 0
     lr: float = 0.0
+    head_lr: float = 0.0
     best: float = -math.inf
     best_step: int = 0
     bad: int = 0  # evaluations since the best
@@ -133,6 +137,8 @@ class _State:
                 "skipped": self.skips.total,
                 "skipped_in_a_row": self.skips.in_a_row,
                 "head_steps": steps,
+                "schedule": self.schedule.state(),
+                "max_head_lr": self.max_head_lr if math.isfinite(self.max_head_lr) else None,
             },
         }
 
@@ -147,6 +153,8 @@ class _State:
         self.step, self.best = int(saved["step"]), -math.inf if extra["best"] is None else float(extra["best"])
         self.best_step, self.bad = int(extra["best_step"]), int(extra["bad"])
         self.skips = Skips(int(extra.get("skipped", 0)), int(extra.get("skipped_in_a_row", 0)))
+        self.schedule.load(extra["schedule"])
+        self.max_head_lr = math.inf if extra["max_head_lr"] is None else float(extra["max_head_lr"])
         if extra["samples"] != self.samples:
             raise UserError(
                 f"the checkpoint at step {self.step} has seen {extra['samples']} documents, where this run would have "
@@ -191,7 +199,7 @@ def train_level(
             now owns them; from any engine and number of ranks.
 
     A step whose loss or gradient is not finite is left out: it counts as a step of the schedule,
-    and data go on behind it.
+    which is not told its loss, and data go on behind it.
 
     Raises:
         DivergedError: too many steps, or too many in a row, could not be taken; on all ranks.
@@ -199,8 +207,11 @@ def train_level(
     """
     wrapped = engine.prepare(encoder, task.optimizer)
     head.to(engine.device)
-    state = _State(engine, head, head_optimizer(head, task.optimizer), task.batches)
-    if resume is not None:
+    schedule = LevelSchedule(task.schedule, task.steps)
+    state = _State(engine, head, head_optimizer(head, task.optimizer), task.batches, schedule)
+    if resume is None:
+        state.max_head_lr = _max_head_lr(engine, head, task)
+    else:
         state.restore(resume)
     losses: list[float] = []
     window = Window(state.step)
@@ -212,17 +223,23 @@ def train_level(
         state.step += 1
         losses.append(loss)
         last = (loss, norm) if taken else last
+        if taken:
+            schedule.trained(state.step - 1, loss)
         if last is not None and (state.step % task.log_every == 0 or state.step == task.steps):
             hooks.log(
                 window.flush(
                     {"level": task.level, "step": state.step, "total": task.steps}
-                    | {"loss": last[0], "lr": state.lr, "grad_norm": last[1], "skipped_steps": state.skips.total}
+                    | {"loss": last[0], "lr": state.lr, "head_lr": state.head_lr, "grad_norm": last[1]}
+                    | {"skipped_steps": state.skips.total}
+                    | ({"max_head_lr": state.max_head_lr} if math.isfinite(state.max_head_lr) else {})
                 )
             )
         if task.matcher.validation_fraction and (state.step % task.matcher.eval_every == 0 or state.step == task.steps):
             with window.apart():
                 value = hooks.evaluate(engine.plain(), head)
             wrapped.train()
+            if value is not None:
+                schedule.evaluated(state.step, value)
             if value is not None and value > state.best:
                 state.keep_best(value)
             elif value is not None:
@@ -239,15 +256,34 @@ def train_level(
     return result
 
 
+def _max_head_lr(engine: Engine, head: ShardedHead, task: LevelTask) -> float:
+    """The upper bound of the head's rate in this level; collective."""
+    limit = task.schedule.max_head_lr
+    if limit != "auto":
+        return math.inf if limit is None else float(limit)
+    encoder = engine.plain()
+    return head_ceiling(
+        encoder,
+        head,
+        task.tokens,
+        task.document_ids,
+        task.candidates,
+        task.matcher.loss,
+        engine.cfg.global_batch,
+        engine.world,
+        engine.cfg.precision,
+    ).rate
+
+
 def _step(
     engine: Engine, wrapped: nn.Module, state: _State, task: LevelTask, hooks: LevelHooks, window: Window
 ) -> tuple[float, float, bool]:
     """One optimizer step: the loss over the global batch, the gradient's norm, whether it was taken; alike on all."""
     torch.manual_seed(_seed(task.seed, task.level, state.step, engine.world.rank))
-    factor = lr_factor(task.schedule, state.step, task.steps)
+    factor = state.schedule.factor(state.step)
     head_lr = task.optimizer.lr if task.optimizer.head_lr is None else task.optimizer.head_lr
-    state.lr = task.optimizer.lr * factor
-    set_lr(state.head_optimizer, head_lr * factor)
+    state.lr, state.head_lr = task.optimizer.lr * factor, min(head_lr * factor, state.max_head_lr)
+    set_lr(state.head_optimizer, state.head_lr)
     ids = task.document_ids[task.batches.batch(state.step)]
     per_micro = engine.cfg.micro_batch * engine.world.world_size
     starts = range(0, len(ids), per_micro)

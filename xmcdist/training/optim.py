@@ -29,8 +29,10 @@ def encoder_optimizer(encoder: nn.Module, cfg: OptimizerConfig) -> torch.optim.O
 
 
 def head_optimizer(head: nn.Module, cfg: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over all owned rows, or Adam that moves only rows with a gradient."""
+    """AdamW over all owned rows, Adam that moves only rows with a gradient, or gradient descent without a state."""
     lr = cfg.lr if cfg.head_lr is None else cfg.head_lr
+    if cfg.head == "sgd":
+        return torch.optim.SGD(head.parameters(), lr=lr)
     if cfg.head == "sparse_adam":
         return RowAdam(list(head.parameters()), lr=lr, eps=cfg.eps)
     return torch.optim.AdamW(head.parameters(), lr=lr, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True)
