@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a classifier; the same command goes on after an interruption",
     "predict": "labels for the lines of a file",
     "evaluate": "P@k, nDCG@k, R@k, PSP@k of a model on a test split",
+    "giant": "embeddings of a text graph's nodes, by an encoder that learns to name their neighbours",
     "serve": "answers over HTTP, with a page to try it",
     "calibrate": "probabilities beside a model's scores, fitted on held-out documents",
     "import-pecos": "convert a PECOS XR-Linear model",

@@ -91,7 +91,7 @@ class GiantConfig(RunConfig):
 class GiantClassifyConfig:
     """Classify nodes by embeddings: how good they are."""
 
-    embeddings: str = "???"  # what giant wrote (RUN/embeddings), or any .npy [n, d] or .npz [n, D]
+    embeddings: str = "???"  # what giant wrote (RUN/embeddings), or any .npy [n, d]
     classes: str | None = None  # a class a node: .npy [n], or .txt or .csv with one a line, empty: none
     path: str | None = None  # folder of the Open Graph Benchmark, for classes and split; null: the two settings
     split: str | None = None  # folder with train, valid and test (.csv.gz, .csv, .txt, .npy: node numbers); null: drawn

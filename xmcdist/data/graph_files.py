@@ -282,9 +282,8 @@ def _table_ends(path: Path, columns: list[str] | None, numbers: dict[str, int] |
     tab = "\t" if ".tsv" in path.name else ","
     header = [cell.strip().strip('"') for cell in _first_line(path).split(tab)]
     if len(header) < 2:
-        raise DataError(
-            f"{path}, line 1: {len(header)} cells: an edge needs two, parted by {'a tab' if tab != ',' else 'a comma'}"
-        )
+        mark = "a comma" if tab == "," else "a tab"
+        raise DataError(f"{path}, line 1: {len(header)} cell: an edge needs two, with {mark} between them")
 
     def is_node(cell: str) -> bool:
         return cell in numbers if numbers is not None else cell.lstrip("-").isdigit()
