@@ -124,7 +124,8 @@ def compose_members(overrides: list[str], cfg: schema.RunConfig, world_size: int
 
     A member has the settings of the run with its own on top.  Where an experiment names the
     members, ``debug=`` and the command line win over them, as they win over the experiment
-    itself; a member named on the command line has the last word.
+    itself; a member named on the command line has the last word.  A member that chooses an
+    ``experiment`` of its own is made of that one.
 
     Args:
         overrides: those that ``cfg`` was composed of.
@@ -143,7 +144,8 @@ def compose_members(overrides: list[str], cfg: schema.RunConfig, world_size: int
     here = [word.lstrip("+").split("=")[0] for word in overrides if _key(word) == "members" and word[0] != "~"]
     for name, own in cfg.members.items():
         named_here = "members" in here or f"members.{name}" in here
-        words = [*of_run, *own] if named_here else [*own, *_debug_values(of_run), *of_run]
+        rest = [word for word in of_run if not (_key(word) == "experiment" and "experiment" in map(_key, own))]
+        words = [*rest, *own] if named_here else [*own, *_debug_values(of_run), *rest]
         try:
             one = _compose(words, "train", world_size)
         except ConfigError as error:
