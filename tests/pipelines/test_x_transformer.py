@@ -131,13 +131,14 @@ def test_the_run_measures_what_its_model_answers(trained: Path, kind: str) -> No
     for key in ("P@1", "P@3", "P@5", "PSP@5", "R@10"):
         assert got[key] == pytest.approx(results["metrics"][key], abs=1.7)  # one document: rounding of embeddings
     assert got["P@1"] > 60
+    raw = np.load(_stage(trained, kind, "embed") / "raw.tst.npy")  # what the run's own measures went by
+    model = xmcdist.load(str(trained / kind / "model"))
+    np.testing.assert_allclose(raw, model.embedder(_texts(trained)), rtol=1e-3, atol=1e-5)
     about = json.loads((trained / kind / "model" / "config.json").read_text())
     assert (about["clusters_by"], about["encoder"]) == ("matcher", True)
     assert not _stage(trained, kind, "ranker_tree").exists()
-    matched = MATCHED
     ranked = [p.name for p in sorted((trained / kind / "stages").glob("rank-*"))]
-    depth = xmcdist.load(str(trained / kind / "model")).rankers.tree.depth
-    assert ranked == [f"rank-{t}" for t in range(matched + 1, depth + 1)]
+    assert ranked == [f"rank-{t}" for t in range(MATCHED + 1, model.rankers.tree.depth + 1)]
 
 
 def test_the_head_retrieves_at_prediction_what_it_retrieved_in_training(trained: Path) -> None:
