@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from xmcdist.cli.app import run
-from xmcdist.config.compose import compose_members
+from xmcdist.config.members import compose_members
 from xmcdist.config.schema import RunConfig
 from xmcdist.parallel.launch import rank_from_environment
 from xmcdist.training import preemption

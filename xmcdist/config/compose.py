@@ -8,10 +8,10 @@ faults are told at once, before any data is read.
 from __future__ import annotations
 
 import difflib
-import json
+import functools
 import os
 import re
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,11 +26,10 @@ from xmcdist.config import commands, schema
 from xmcdist.config.checks import check_giant, check_run
 from xmcdist.config.errors import ConfigError
 
-__all__ = ["compose_members", "compose_run", "conf_dir", "explain", "find_folder", "needs", "register", "to_object"]
+__all__ = ["compose_run", "compose_unchecked", "conf_dir", "explain", "find_folder", "register", "to_object"]
 
 C = TypeVar("C")
 
-_OF_THE_RUN = ("run_dir", "members", "ensemble", "only_members")  # not of its members
 _GROUPS = {f.name: type(getattr(schema.RunConfig(), f.name)) for f in fields(schema.RunConfig)}
 
 
@@ -64,6 +63,7 @@ def _stem(path: str) -> str:
     return re.split(r"\.(?:jsonl|csv|parquet|txt)", name)[0] or "dataset"
 
 
+@functools.cache
 def register() -> None:
     """Put the schemas where the yaml files' defaults lists find them; harmless to repeat."""
     store = ConfigStore.instance()
@@ -97,128 +97,34 @@ def compose_run(overrides: list[str], *, config_name: str = "train", world_size:
     Raises:
         ConfigError: with every fault found and, for a misspelt name, the nearest valid one.
     """
-    cfg = _compose(overrides, config_name, world_size)
+    composed = compose_unchecked(overrides, config_name)
+    try:
+        cfg = to_object(composed, world_size)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(explain(error, config_name)) from None
     if isinstance(cfg, schema.RunConfig) and cfg.members:
-        compose_members(overrides, cfg, world_size)
+        from xmcdist.config.members import compose_members
+
+        compose_members(overrides, cfg, world_size, composed)
     return cfg
 
 
-def _compose(overrides: list[str], config_name: str, world_size: int) -> Any:
+def compose_unchecked(overrides: list[str], config_name: str = "train") -> Any:
+    """What Hydra makes of the overrides, neither typed nor checked; also inside a command.
+
+    Raises:
+        ConfigError: Hydra refuses them.
+    """
     register()
     hydra = GlobalHydra.instance()
     before, hydra.hydra = hydra.hydra, None  # inside a command there is one, which is needed afterwards
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            composed = compose(config_name, overrides=overrides)
-        return to_object(composed, world_size)
-    except ConfigError:
-        raise
+            return compose(config_name, overrides=overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(explain(error, config_name)) from None
     finally:
         GlobalHydra.instance().hydra = before
-
-
-def compose_members(overrides: list[str], cfg: schema.RunConfig, world_size: int = 1) -> dict[str, schema.RunConfig]:
-    """The settings of every member of an ensemble, in the order they are trained.
-
-    A member has the settings of the run with its own on top.  Where an experiment names the
-    members, ``debug=`` and the command line win over them, as they win over the experiment
-    itself; a member named on the command line has the last word.  A member that chooses an
-    ``experiment`` of its own is made of that one.
-
-    Args:
-        overrides: those that ``cfg`` was composed of.
-        cfg: with `members`.
-        world_size: ranks of the job.
-
-    Returns:
-        By name; ``run_dir`` is ``RUN/members/NAME``, the prepared data are those of the run.
-
-    Raises:
-        ConfigError: every fault of every member, by name; members that do not share data set,
-            engine or cut-offs; or one that needs another which comes after it.
-    """
-    run, faults, out = Path(cfg.run_dir), [], {}
-    of_run = [word for word in overrides if _key(word) not in _OF_THE_RUN]
-    here = [word.lstrip("+").split("=")[0] for word in overrides if _key(word) == "members" and word[0] != "~"]
-    for name, own in cfg.members.items():
-        named_here = "members" in here or f"members.{name}" in here
-        rest = [word for word in of_run if not (_key(word) == "experiment" and "experiment" in map(_key, own))]
-        words = [*rest, *own] if named_here else [*own, *_debug_values(of_run), *rest]
-        try:
-            one = _compose(words, "train", world_size)
-        except ConfigError as error:
-            faults += [f"member {name}: {line}" for line in str(error).splitlines()]
-            continue
-        prepared = cfg.dataset.prepared or str(run / "prepared")
-        faults += [f"member {name}: {fault}" for fault in _not_shared(cfg, one)]
-        out[name] = replace(
-            one,
-            run_dir=str(run / "members" / name),
-            members={},
-            only_members=None,
-            dataset=replace(one.dataset, prepared=prepared),
-            tracker=replace(one.tracker, run_name=one.tracker.run_name or f"{run.name}-{name}"),
-        )
-    names = list(cfg.members)
-    for place, name in enumerate(names):
-        later = [other for other in needs(run, out[name]) if other in names[place:]] if name in out else []
-        faults += [f"member {name} needs member {other}, which is not trained before it" for other in later]
-    if faults:
-        raise ConfigError("\n".join(faults))
-    return out
-
-
-def needs(run_dir: Path, member: schema.RunConfig) -> dict[str, str]:
-    """Members whose folders a member's settings name, each with that setting, ``tree.path=RUN/members/pifa``."""
-    root = (run_dir / "members").absolute()
-    found: dict[str, str] = {}
-    for key, value in _leaves(asdict(replace(member, run_dir="", tracker=schema.TrackerConfig()))).items():
-        if isinstance(value, str) and Path(value).absolute().is_relative_to(root):
-            parts = Path(value).absolute().relative_to(root).parts
-            found.setdefault(parts[0] if parts else "", f"{key}={value}")
-    return found
-
-
-def _not_shared(cfg: schema.RunConfig, member: schema.RunConfig) -> list[str]:
-    """What members must have in common, and this one has not."""
-    faults = []
-    for what, ours, theirs in (
-        ("dataset", replace(cfg.dataset, prepared=None), replace(member.dataset, prepared=None)),
-        ("engine.name", cfg.engine.name, member.engine.name),
-        ("evaluation.ks", cfg.evaluation.ks, member.evaluation.ks),
-    ):
-        if ours != theirs:
-            faults.append(f"{what} differs from the run's: members share data, launcher and cut-offs; set it for all")
-    return faults
-
-
-def _key(word: str) -> str:
-    """``members`` of ``+members.a=[...]``."""
-    return word.lstrip("+~").split("=")[0].split(".")[0].split("@")[0]
-
-
-def _debug_values(words: list[str]) -> list[str]:
-    """What ``debug=`` sets, as overrides, to have it win over members of an experiment too."""
-    chosen = [word.split("=", 1)[1] for word in words if _key(word) == "debug" and "=" in word]
-    path = conf_dir() / "debug" / f"{chosen[-1]}.yaml" if chosen else None
-    if path is None or not path.is_file():
-        return []
-    told = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(told, dict)
-    choices = [d for d in told.pop("defaults", []) if isinstance(d, dict)]
-    groups = [f"{key.split('/')[-1]}={value}" for choice in choices for key, value in choice.items()]
-    return groups + [f"{key}={json.dumps(value)}" for key, value in _leaves(told).items()]
-
-
-def _leaves(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted names of nested dictionaries' values."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-        found.update(inner)
-    return found
 
 
 def to_object(composed: Any, world_size: int = 1) -> Any:

@@ -23,8 +23,8 @@ from xmcdist.checkpoint.atomic import link_tree, no_space_is_clear, read_json, r
 from xmcdist.checkpoint.checksums import files_to_disk, folder_damage, seal_folder
 from xmcdist.checkpoint.run_lock import RunLock, held
 from xmcdist.checkpoint.stages import fingerprint
-from xmcdist.config.compose import needs
 from xmcdist.config.errors import UserError
+from xmcdist.config.members import needs
 from xmcdist.config.schema import RunConfig
 from xmcdist.data.dataset import PreparedDataset
 from xmcdist.evaluation.table import format_table
