@@ -7,7 +7,7 @@ import scipy.sparse as sp
 from xmcdist.trees.errors import TreeError
 from xmcdist.trees.label_tree import LabelTree
 from xmcdist.trees.levels import build_tree
-from xmcdist.trees.show import describe_cluster, describe_label, describe_tree, find_label
+from xmcdist.trees.show import cluster_text, describe_cluster, describe_label, describe_tree, find_label
 
 TREE = build_tree(np.repeat(np.arange(8), 3), 3, nr_splits=2)
 TEXTS = [f"name-{i} : says what {i} is" for i in range(24)]
@@ -81,3 +81,14 @@ def test_labels_are_found_or_near_ones_named() -> None:
         find_label("nmae-13", TEXTS)
     with pytest.raises(TreeError, match=r"no label reads 'zzzz'$"):
         find_label("zzzz", TEXTS)
+
+
+def test_a_label_in_several_clusters_is_counted_once_and_named_with_all_of_them() -> None:
+    tree = LabelTree([np.array([0, 2]), np.array([0, 2, 3]), np.array([0, 2, 4, 5])], np.array([0, 1, 1, 2, 0]), 3)
+    text = describe_tree(tree, ["a", "b", "c"])
+    assert "places a node" in text
+    assert "0 of 0..1 (3 labels)  0: a" in text
+    assert "labels, 3:\n  0: a\n  1: b\n  2: c" in describe_cluster(tree, 1, 0, ["a", "b", "c"])
+    assert describe_label(tree, 0).startswith("label 0\nin 2 clusters of level 2: 0, 2\n")
+    assert describe_label(tree, 2).splitlines()[1].startswith("  level 0")
+    assert cluster_text(tree, 1, 0, ["a", "b", "c"], most=2) == "a; b; and 1 more"

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from xmcdist.trees.errors import TreeError
 from xmcdist.trees.label_tree import LabelTree
@@ -33,8 +34,9 @@ def describe_tree(tree: LabelTree, label_texts: LabelTexts | None = None) -> str
     """
     _check_texts(tree, label_texts)
     copies = "" if tree.is_partition else f", {len(tree.labels):,} places"
+    held = "labels" if tree.is_partition else "places"
     rows: list[tuple[str, ...]] = [
-        ("level", "nodes", "children a node", "", "", "labels a node", "", "", "", "", "empty")
+        ("level", "nodes", "children a node", "", "", f"{held} a node", "", "", "", "", "empty")
     ]
     rows.append(("", "", "min", "median", "max", "min", "25%", "median", "75%", "max", ""))
     for t in range(tree.depth):
@@ -71,6 +73,9 @@ def describe_label(tree: LabelTree, label: int | str, label_texts: LabelTexts | 
         raise TreeError(f"there is no label {label}: the tree's labels are 0 to {tree.num_labels - 1}")
     lines = [f"label {_label_line(label, label_texts)}"]
     slots = tree.slots_of(label)
+    if len(slots) > 1:
+        clusters = tree.slot_to_node(tree.depth - 1)[slots]
+        lines.append(f"in {len(slots)} clusters of level {tree.depth - 1}: {', '.join(map(str, clusters))}")
     for i, slot in enumerate(slots.tolist(), start=1):
         if len(slots) > 1:
             lines += ["", f"place {i} of {len(slots)}"]
@@ -108,7 +113,7 @@ def describe_cluster(tree: LabelTree, level: int, node: int, label_texts: LabelT
         lines += ["", f"children, {last - first} clusters of level {level + 1}, each with its first label:"]
         lines += _capped([_cluster_line(tree, level + 1, p, label_texts) for p in range(first, last)], "clusters")
     ptr = tree.slot_ptr(level)
-    labels = tree.labels[ptr[node] : ptr[node + 1]].tolist()
+    labels = _once(tree.labels[ptr[node] : ptr[node + 1]])
     lines += ["", f"labels, {len(labels)}:"]
     lines += _capped([f"  {_label_line(label, label_texts)}" for label in labels], "labels")
     return "\n".join(lines)
@@ -117,7 +122,7 @@ def describe_cluster(tree: LabelTree, level: int, node: int, label_texts: LabelT
 def cluster_text(tree: LabelTree, level: int, node: int, label_texts: LabelTexts, most: int = 3) -> str:
     """The first few labels below a node and how many more there are, in one line."""
     ptr = tree.slot_ptr(level)
-    labels = tree.labels[ptr[node] : ptr[node + 1]]
+    labels = _once(tree.labels[ptr[node] : ptr[node + 1]])
     shown = "; ".join(_short(label_texts[int(label)]) for label in labels[:most])
     more = len(labels) - min(len(labels), most)
     return f"{shown}; and {more} more" if more else shown
@@ -172,8 +177,14 @@ def _cluster_line(tree: LabelTree, level: int, node: int, texts: LabelTexts | No
     ptr = tree.slot_ptr(level)
     first, last = int(ptr[node]), int(ptr[node + 1])
     nodes = tree.level_size(level)
-    line = f"  {node:>{len(str(nodes - 1))}} of 0..{nodes - 1} ({last - first:,} labels)"
+    labels = last - first if tree.is_partition else np.unique(tree.labels[first:last]).size
+    line = f"  {node:>{len(str(nodes - 1))}} of 0..{nodes - 1} ({labels:,} labels)"
     return line + (f"  {_label_line(int(tree.labels[first]), texts)}" if texts is not None and last > first else "")
+
+
+def _once(labels: NDArray[np.int64]) -> list[int]:
+    """Every label once, in the order of its first place."""
+    return list(dict.fromkeys(labels.tolist()))
 
 
 def _label_line(label: int, texts: LabelTexts | None) -> str:
