@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from xmcdist.config import commands, schema
 from xmcdist.config.compose import compose_run, conf_dir
@@ -32,8 +33,18 @@ def test_every_choice_composes(group: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_experiment_composes_also_with_debug(path: Path) -> None:
-    compose_run([f"experiment={path.stem}", "dataset.path=somewhere"])
-    assert compose_run([f"experiment={path.stem}", "dataset.path=somewhere", "debug=smoke"]).matcher.steps == [4]
+    command = "giant" if path.stem.startswith("giant_") else "train"
+    words = [f"experiment={path.stem}", "graph.path=somewhere" if command == "giant" else "dataset.path=somewhere"]
+    compose_run(words, config_name=command)
+    assert compose_run([*words, "debug=smoke"], config_name=command).matcher.steps == [4]
+
+
+def test_giant_has_every_group_of_train() -> None:
+    def groups(name: str) -> list[str]:
+        defaults = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))["defaults"]  # type: ignore[call-overload, index]
+        return [next(iter(d)) for d in defaults if isinstance(d, dict)]
+
+    assert groups("giant") == groups("train")
 
 
 def test_the_command_line_wins_over_an_experiment() -> None:

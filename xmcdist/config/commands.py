@@ -105,7 +105,7 @@ class GiantClassifyConfig:
     lr: float = 0.01
     weight_decay: float = 0.0
     epochs: int = 300
-    patience: int = 50  # epochs without a better accuracy of the validation nodes before it stops
+    patience: int = 50  # epochs in which the validation nodes get no better before it stops
     batch: int = 65536  # nodes a step
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     output: str | None = None  # JSON file for the accuracies; null: only printed

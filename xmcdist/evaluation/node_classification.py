@@ -45,7 +45,7 @@ class Classifier:
         hidden, layers: width of the hidden ones; number of maps.
         lr, weight_decay: of Adam.
         epochs: most passes over the training nodes.
-        patience: epochs without a better accuracy of the validation nodes before it stops.
+        patience: epochs in which the validation nodes get no better before it stops.
         batch: nodes a step; ``sage`` takes the whole graph at once.
     """
 
@@ -80,7 +80,7 @@ def classify_nodes(
     """Train on some nodes, measure on others.
 
     Columns are brought to mean 0 and variance 1 over the training nodes.  Of all epochs the
-    weights with the best accuracy of the validation nodes count, the earliest of equals.
+    weights with the best accuracy of the validation nodes count, of equals those of the lowest loss.
 
     Args:
         X: ``[n, d]``, one vector a node.
@@ -134,7 +134,7 @@ def _fit(
     batch: int,
 ) -> dict[str, float]:
     optimizer = torch.optim.Adam(net.parameters(), lr=how.lr, weight_decay=how.weight_decay)
-    best, best_epoch, state = -1.0, 0, copy.deepcopy(net.state_dict())
+    best, best_epoch, state = (-1.0, 0.0), 0, copy.deepcopy(net.state_dict())
     train = parts["train"]
     for epoch in range(1, how.epochs + 1):
         net.train()
@@ -146,21 +146,28 @@ def _fit(
             loss = cross_entropy(run(nodes), target[nodes])
             torch.autograd.backward(loss)
             optimizer.step()
-        reached = _accuracy(net, run, target, parts["valid"], how.batch)
+        reached = _quality(net, run, target, parts["valid"], how.batch)
         if reached > best:
             best, best_epoch, state = reached, epoch, copy.deepcopy(net.state_dict())
         elif epoch - best_epoch >= how.patience:
             break
     net.load_state_dict(state)
-    found = {name: _accuracy(net, run, target, nodes, how.batch) for name, nodes in parts.items()}
+    found = {name: _quality(net, run, target, nodes, how.batch)[0] for name, nodes in parts.items()}
     return {**found, "epoch": float(best_epoch)}
 
 
 @torch.no_grad()
-def _accuracy(net: nn.Module, run: Callable[[Tensor], Tensor], target: Tensor, nodes: Tensor, batch: int) -> float:
+def _quality(
+    net: nn.Module, run: Callable[[Tensor], Tensor], target: Tensor, nodes: Tensor, batch: int
+) -> tuple[float, float]:
+    """Accuracy in percent, and the mean loss below zero: of both the greater is the better."""
     net.eval()
-    right = sum(int((run(some).argmax(1) == target[some]).sum().item()) for some in torch.split(nodes, batch))
-    return 100.0 * right / len(nodes)
+    right, loss = 0, 0.0
+    for some in torch.split(nodes, batch):
+        scores, wanted = run(some), target[some]
+        right += int((scores.argmax(1) == wanted).sum().item())
+        loss += float(cross_entropy(scores, wanted, reduction="sum"))
+    return 100.0 * right / len(nodes), -loss / len(nodes)
 
 
 def _network(how: Classifier, width: int, num_classes: int) -> nn.Module:
