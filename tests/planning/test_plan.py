@@ -24,7 +24,7 @@ from xmcdist.planning.figures import figures
 from xmcdist.planning.job import Job, Machine, level_sizes
 from xmcdist.planning.memory import Runtime, stages
 from xmcdist.planning.projection import best_shards, scaling_tables
-from xmcdist.planning.timing import step_time
+from xmcdist.planning.timing import stage_times, step_time
 from xmcdist.planning.traffic import step_traffic
 
 # 1000 parameters, 600 of them met by every token; 2 layers of 10, 4 heads.
@@ -138,6 +138,16 @@ def test_what_does_not_fit_is_told_with_the_setting() -> None:
     for setting in ("engine.micro_batch=1", "encoder.gradient_checkpointing=true", "engine=zero3"):
         assert setting in told
     assert figures(_job(), Runtime())["does_not_fit"] == []
+
+
+def test_where_the_matcher_finds_the_clusters_rankers_are_for_the_labels_alone() -> None:
+    by_rankers, by_matcher = _job(), _job(ranker__clusters_by="matcher")
+    assert [level.nodes for level in by_matcher.match_levels] == by_matcher.tree[:-1]
+    assert len(by_rankers.match_levels) == len(by_rankers.tree)
+    seconds = [{s.name: s.seconds for s in stage_times(job)} for job in (by_rankers, by_matcher)]
+    assert set(seconds[0]) - set(seconds[1]) == {"ranker_tree", f"match-{len(by_rankers.tree)}"}
+    assert 0 < seconds[1]["rank"] < seconds[0]["rank"]
+    assert "ranker_tree" not in {stage["name"] for stage in figures(by_matcher, Runtime())["stages"]}
 
 
 def test_vocabulary_grows_by_a_power() -> None:

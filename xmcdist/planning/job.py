@@ -139,10 +139,17 @@ class Job:
         """Level sizes of the preliminary tree."""
         return level_sizes(self.counts.labels, self.cfg.tree)
 
+    @property
+    def by_matcher(self) -> bool:
+        """Whether the matcher's head finds the clusters, and rankers are for the levels below alone."""
+        return self.encoder is not None and self.cfg.ranker.clusters_by == "matcher"
+
     @cached_property
     def ranker_tree(self) -> list[int]:
         """Level sizes of the tree that the rankers learn."""
-        return self.tree if self.encoder is None else level_sizes(self.counts.labels, self.cfg.ranker_tree)
+        if self.encoder is None or self.by_matcher:
+            return self.tree
+        return level_sizes(self.counts.labels, self.cfg.ranker_tree)
 
     @property
     def length(self) -> int:
@@ -180,7 +187,7 @@ class Job:
         if self.encoder is None:
             return []
         m, found = self.cfg.matcher, []
-        for t, nodes in enumerate(self.tree, start=1):
+        for t, nodes in enumerate(self.tree[:-1] if self.by_matcher else self.tree, start=1):
             if nodes > m.max_clusters:
                 break
             rows = -(-nodes // self.shards)

@@ -91,7 +91,8 @@ def stages(job: Job, runtime: Runtime | None = None) -> list[Stage]:
     out += [_match(job, base, level, job.encoder) for level in job.match_levels]
     kept = _kept_after_training(out[-1])
     dense = job.cfg.ranker.features != "sparse"
-    out.append(_tree(job, base | kept, "ranker_tree", dense=dense))
+    if not job.by_matcher:
+        out.append(_tree(job, base | kept, "ranker_tree", dense=dense))
     out.append(_rank(job, base | kept, "rank", job.ranker_tree, dense=dense))
     return out
 

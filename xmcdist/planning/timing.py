@@ -117,8 +117,10 @@ def stage_times(job: Job) -> list[StageTime]:
     embed = e.forward_flops(c.test_documents, c.tokens_per_document)
     out.append(StageTime("embed", embed / rate, embed))
     dense = e.hidden if job.cfg.ranker.features != "sparse" else 0
-    out.append(StageTime("ranker_tree", _kmeans(job, dense) / cores))
-    out.append(StageTime("rank", ranker_seconds(job, job.ranker_tree, dense) / cores))
+    if not job.by_matcher:
+        out.append(StageTime("ranker_tree", _kmeans(job, dense) / cores))
+    first = len(job.match_levels) + 1 if job.by_matcher else 1
+    out.append(StageTime("rank", ranker_seconds(job, job.ranker_tree, dense, first) / cores))
     return out
 
 
@@ -132,11 +134,14 @@ def _kmeans(job: Job, dense: int) -> float:
     return values * depth * KMEANS_ITERATIONS * KMEANS_VALUE_S
 
 
-def ranker_seconds(job: Job, sizes: list[int], dense: int) -> float:
-    """Values of every cluster's documents times its children, over all levels."""
+def ranker_seconds(job: Job, sizes: list[int], dense: int, first: int = 1) -> float:
+    """Values of every cluster's documents times its children, over all levels from the first."""
     c, r, above, work = job.counts, job.cfg.ranker, 1, 0.0
     sparse = 0.0 if r.features == "dense" and dense else c.values_per_document
     for t, nodes in enumerate(sizes, start=1):
+        if t < first:
+            above = nodes
+            continue
         parents = job.true_nodes(above)
         if t > 1 and "man" in r.negatives[min(t, len(r.negatives)) - 1]:
             parents += r.beam
