@@ -35,10 +35,11 @@ from xmcdist.parallel.errors import errors_together
 from xmcdist.parallel.launch import World
 from xmcdist.pipelines.evaluation import label_frequency, measure
 from xmcdist.pipelines.export import link_folder
+from xmcdist.pipelines.overlap import last_of_matcher
 from xmcdist.pipelines.precision import decide_precision
 from xmcdist.pipelines.run import Run
 from xmcdist.pipelines.train import train
-from xmcdist.sparse.csr import row_slice, without
+from xmcdist.sparse.csr import row_ids, row_slice, without
 from xmcdist.trees.label_tree import LabelTree
 
 __all__ = ["giant"]
@@ -77,7 +78,8 @@ def _in_full(graph: GraphConfig) -> GraphConfig:
 
 def _after_matching(run: Run) -> dict[str, Any]:
     """Embed all nodes, look for the held-out neighbours."""
-    levels = [name for name in run.stages.prints if name.startswith("match-")]
+    prefix = f"{last_of_matcher(run.cfg.overlap)[1]}-"
+    levels = [name for name in run.stages.prints if name.startswith(prefix)]
     found: dict[str, Any] = {"graph": run.data.graph, "embeddings": _nodes_stage(run, levels[-1])}
     if run.data.has_test:
         found["neighbours"] = _neighbours_stage(run, levels)
@@ -174,7 +176,7 @@ def _neighbours_stage(run: Run, levels: list[str]) -> dict[str, Any]:
 def _measure(run: Run, levels: list[str]) -> dict[str, Any]:
     """Measures of the last level's beam: of nodes where that level holds the labels, else of clusters of nodes."""
     cfg, T = run.cfg, len(levels)
-    tree = LabelTree.load(Path(cfg.run_dir) / "stages" / "tree" / "tree")
+    tree = LabelTree.load(Path(cfg.run_dir) / "stages" / last_of_matcher(cfg.overlap)[0] / "tree")
     whole = tree.depth == T
     Y, train = run.data.Y("tst"), run.data.Y("trn")
     known = run.data.known("tst") if whole else None
@@ -231,6 +233,15 @@ def _found(
         raise AssertionError("there is a level")
     if known is None:
         return scores
-    of_labels = sp.csr_matrix((scores.data, tree.labels[scores.indices], scores.indptr), (len(ids), tree.num_labels))
-    of_labels.sort_indices()
-    return without(of_labels, known)
+    return without(_of_labels(scores, tree), known)
+
+
+def _of_labels(scores: sp.csr_matrix, tree: LabelTree) -> sp.csr_matrix:
+    """Scores of slots as scores of their labels ``[n, L]``; a label in several slots has its best."""
+    row, label = row_ids(scores), tree.labels[scores.indices]
+    order = np.lexsort((-scores.data, label, row))
+    row, label, best = row[order], label[order], scores.data[order]
+    first = np.ones(len(row), np.bool_)
+    first[1:] = (row[1:] != row[:-1]) | (label[1:] != label[:-1])
+    ends = np.searchsorted(row[first], np.arange(scores.shape[0] + 1))
+    return sp.csr_matrix((best[first], label[first], ends), shape=(scores.shape[0], tree.num_labels))
