@@ -272,6 +272,12 @@ def test_the_labels_own_level_is_left_to_the_rankers() -> None:
     assert matched_levels(cfg, tree) == 1
     cfg.ranker.clusters_by = "rankers"
     assert matched_levels(cfg, tree) == 2
-    cfg.ranker.clusters_by = "matcher"
+
+
+def test_a_tree_without_clusters_is_refused_before_anything_is_trained(trained: Path, tmp_path: Path) -> None:
+    LabelTree([np.array([0, 40])], np.arange(40), 40).save(tmp_path / "tree")
+    place = [f"dataset.path={trained / 'data'}", f"run_dir={tmp_path / 'run'}", f"tree.path={tmp_path / 'tree'}"]
+    cfg = compose_run([*place, *BY_MATCHER, "evaluation.linear_baseline=true"])
     with pytest.raises(UserError, match="needs clusters above the labels, and the tree has none"):
-        matched_levels(cfg, LabelTree([np.array([0, 5])], np.arange(5), 5))
+        train(cfg, World.single())
+    assert not (tmp_path / "run" / "stages" / "linear-1").exists()

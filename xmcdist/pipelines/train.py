@@ -38,6 +38,7 @@ from xmcdist.pipelines.features import features_stage
 from xmcdist.pipelines.interruptible import InterruptibleStages
 from xmcdist.pipelines.kept_scores import KeptScores
 from xmcdist.pipelines.label_embedding import check_label_embedding
+from xmcdist.pipelines.levels import matched_levels
 from xmcdist.pipelines.overlap import Trained, last_of_matcher, overlap_rank_stages
 from xmcdist.pipelines.prepare import prepare_data
 from xmcdist.pipelines.ranking import rank_stages
@@ -51,6 +52,7 @@ from xmcdist.sparse.csr import without
 from xmcdist.sparse.features import Features
 from xmcdist.sparse.store import open_csr
 from xmcdist.training import preemption
+from xmcdist.trees.label_tree import LabelTree
 
 __all__ = ["train"]
 
@@ -173,6 +175,8 @@ def _stages(run: Run) -> tuple[dict[str, float], dict[str, float]] | None:
     X_test = open_csr(sparse / "X.tst") if has_test else None
     tree = tree_stage(run, "tree", cfg.tree, Features(sparse=X, dense=None), after=("features",))
     log_cluster_sizes(run, tree)
+    if cfg.ranker.clusters_by == "matcher":
+        matched_levels(cfg, LabelTree.load(tree / "tree"))  # refused here, not after the rankers on TF-IDF alone
     if cfg.until == "tree":
         return None
     linear_only = cfg.encoder.preset == "none"
