@@ -79,14 +79,15 @@ def train_members(cfg: RunConfig, members: dict[str, RunConfig], world: World) -
     wanted = list(members) if cfg.only_members is None else [name for name in members if name in cfg.only_members]
     for place, name in enumerate(wanted, start=1):
         member = members[name]
-        preemption.agree(f"member {name}")
+        with errors_together():
+            if world.is_main:
+                _make_room(run_dir, name, member, log)
         if _state({name: member}, world)[name] is None:
             log.say(f"member {name}: finished before, skipped")
             continue
         with errors_together():
             if world.is_main:
                 _check_needs(run_dir, name, members)
-                _make_room(run_dir, name, member, log)
         log.say(f"==== member {place} of {len(wanted)}: {name}, in {member.run_dir} ====")
         train(member, world, member_of=run_dir)
         _free_memory()
