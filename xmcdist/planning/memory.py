@@ -83,7 +83,10 @@ def stages(job: Job, runtime: Runtime | None = None) -> list[Stage]:
     linear = job.encoder is None
     if linear or (job.cfg.evaluation.linear_baseline and job.counts.test_documents):
         out.append(_rank(job, base, "linear", job.tree, dense=False))
+    copies = job.cfg.overlap.copies
     if job.encoder is None:
+        if copies > 1:
+            out.append(_rank(job, base, "linear_overlap", job.tree, dense=False, copies=copies))
         return out
     base = base | {"runtime": runtime.linear + runtime.encoder}
     if job.cfg.engine.name.startswith("zero"):
@@ -94,6 +97,8 @@ def stages(job: Job, runtime: Runtime | None = None) -> list[Stage]:
     if not job.by_matcher:
         out.append(_tree(job, base | kept, "ranker_tree", dense=dense))
     out.append(_rank(job, base | kept, "rank", job.ranker_tree, dense=dense))
+    if copies > 1:
+        out.append(_rank(job, base | kept, "rank_overlap", job.ranker_tree, dense=dense, copies=copies))
     return out
 
 
@@ -149,25 +154,25 @@ def _tree(job: Job, base: dict[str, float], name: str, dense: bool) -> Stage:
     return Stage(name, base | parts)
 
 
-def _rank(job: Job, base: dict[str, float], prefix: str, sizes: list[int], dense: bool) -> Stage:
+def _rank(job: Job, base: dict[str, float], prefix: str, sizes: list[int], dense: bool, copies: int = 1) -> Stage:
     c, r = job.counts, job.cfg.ranker
     d = job.encoder.hidden if dense and job.encoder is not None else 0
     sparse = r.features != "dense" or job.encoder is None
     per_label = min(float(c.features), label_values(job) / c.labels) if sparse else 0.0
     if r.max_nonzeros_per_label is not None:
         per_label = min(per_label, r.max_nonzeros_per_label)
-    own = c.labels / job.ranks
+    own = copies * c.labels / job.ranks
     weights = own * (2.0 * per_label * _WEIGHT_BYTES + 2 * d * _FLOAT)
     above = sizes[-2] if len(sizes) > 1 else 1
-    parents = job.true_nodes(above) + (r.beam if any("man" in n for n in r.negatives) else 0)
+    parents = copies * job.true_nodes(above) + (r.beam if any("man" in n for n in r.negatives) else 0)
     members = c.documents * min(parents, above) * 12.0 / job.ranks
     top = c.documents * (c.values_per_document * _CSR_BYTES if sparse else 0.0)
-    copies = min(0.5 * top, 2 * job.machine.cores * top * parents / above)
+    at_once = min(0.5 * top, 2 * job.machine.cores * top * min(parents / above, 1.0))
     parts = {
         "mapped data": _mapped(job, dense),
         "rankers": weights,
         "negatives": members,
-        "clusters' documents": copies,
+        "clusters' documents": at_once,
     }
     return Stage(prefix, base | parts)
 

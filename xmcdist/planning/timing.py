@@ -103,8 +103,10 @@ def stage_times(job: Job) -> list[StageTime]:
     out.append(StageTime("tree", _kmeans(job, 0) / cores))
     if job.encoder is None or (job.cfg.evaluation.linear_baseline and c.test_documents):
         out.append(StageTime("linear", ranker_seconds(job, job.tree, 0) / cores))
-    e = job.encoder
+    e, again = job.encoder, job.cfg.overlap.rounds if job.cfg.overlap.copies > 1 else 0
     if e is None:
+        if again:
+            out.append(StageTime("linear_overlap", again * ranker_seconds(job, job.tree, 0, again=True) / cores))
         return out
     tokens = (c.documents + c.test_documents) * c.tokens_per_document
     out.append(StageTime("tokens", tokens * TOKEN_S / cores))
@@ -114,6 +116,10 @@ def stage_times(job: Job) -> list[StageTime]:
         embed = e.forward_flops(c.documents, c.tokens_per_document)
         seconds = level.steps * step_time(job, level).total + embed / rate
         out.append(StageTime(f"match-{level.level}", seconds, train + embed, level.steps))
+    if job.cfg.overlap.fine_tune:
+        passes = [s for s in out if s.name.startswith("match-")]
+        seconds, flops = (again * sum(x) for x in ((s.seconds for s in passes), (s.flops for s in passes)))
+        out.append(StageTime("match_overlap", seconds, flops, again * sum(s.steps for s in passes)))
     embed = e.forward_flops(c.test_documents, c.tokens_per_document)
     out.append(StageTime("embed", embed / rate, embed))
     dense = e.hidden if job.cfg.ranker.features != "sparse" else 0
@@ -121,6 +127,9 @@ def stage_times(job: Job) -> list[StageTime]:
         out.append(StageTime("ranker_tree", _kmeans(job, dense) / cores))
     first = len(job.match_levels) + 1 if job.by_matcher else 1
     out.append(StageTime("rank", ranker_seconds(job, job.ranker_tree, dense, first) / cores))
+    if again:
+        seconds = again * ranker_seconds(job, job.ranker_tree, dense, first, again=True)
+        out.append(StageTime("rank_overlap", seconds / cores))
     return out
 
 
@@ -134,15 +143,21 @@ def _kmeans(job: Job, dense: int) -> float:
     return values * depth * KMEANS_ITERATIONS * KMEANS_VALUE_S
 
 
-def ranker_seconds(job: Job, sizes: list[int], dense: int, first: int = 1) -> float:
-    """Values of every cluster's documents times its children, over all levels from the first."""
+def ranker_seconds(job: Job, sizes: list[int], dense: int, first: int = 1, *, again: bool = False) -> float:
+    """Values of every cluster's documents times its children, over all levels from the first.
+
+    Args:
+        again: on the tree whose labels lie in several clusters.
+    """
     c, r, above, work = job.counts, job.cfg.ranker, 1, 0.0
+    copies = job.cfg.overlap.copies if again else 1
+    sizes = [*sizes[:-1], copies * sizes[-1]]
     sparse = 0.0 if r.features == "dense" and dense else c.values_per_document
     for t, nodes in enumerate(sizes, start=1):
         if t < first:
             above = nodes
             continue
-        parents = job.true_nodes(above)
+        parents = copies * job.true_nodes(above)
         if t > 1 and "man" in r.negatives[min(t, len(r.negatives)) - 1]:
             parents += r.beam
         a_document = sparse + RANKER_DENSE * dense + RANKER_DOCUMENT
