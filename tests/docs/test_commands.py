@@ -124,7 +124,7 @@ def test_commands_run(page: Path, desk: Path) -> None:
         asked = _asked(command)
         if command.startswith(tuple(ELSEWHERE)) or asked is None or asked[0] == "COMMAND":
             continue
-        special = {"train": _train, "prepare": _prepare, "serve": _serve, "board": _board}.get(asked[0])
+        special = {"train": _train, "giant": _giant, "prepare": _prepare, "serve": _serve, "board": _board}.get(asked[0])
         if special is not None:
             special(desk, command, asked[1:], page.name)
         elif not _is_foreign(command):
@@ -153,6 +153,14 @@ def _train(desk: Path, command: str, words: list[str], page: str) -> None:
     short = command.replace("run_dir=", "run_dir=short-").replace("dataset.path=DIR", "dataset.path=small")
     tiny = () if "encoder=none" in command else ("encoder=tiny",)
     _once(desk, " ".join([short, *tiny, *_SMALL]))
+
+
+def _giant(desk: Path, command: str, words: list[str], page: str) -> None:
+    """Its settings; that graphs are read and nodes classified has tests of its own."""
+    if words[0] == "classify":
+        compose_run(words[1:], config_name="giant_classify")
+    else:
+        compose_run([*words, "engine.global_batch=256"], config_name="giant", world_size=1)
 
 
 def _prepare(desk: Path, command: str, words: list[str], page: str) -> None:
