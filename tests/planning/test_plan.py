@@ -199,3 +199,15 @@ def test_more_labels_take_more_memory_or_more_shards() -> None:
     assert (ten.memory, ten.shards) > (one.memory, 0)
     assert ten.time.total > one.time.total
     assert best_shards(10**10, 8, 256, replace(COSTS, hidden=768)) is None
+
+
+def test_labels_in_several_clusters_are_trained_again() -> None:
+    plain, again = _job(), _job(overlap__copies=2, overlap__rounds=3)
+    once, more = ({s.name: s.seconds for s in stage_times(job)} for job in (plain, again))
+    assert more.keys() - once.keys() == {"rank_overlap"}
+    assert 3 * 2 * once["rank"] < more["rank_overlap"] < 3 * 4.01 * once["rank"]  # twice the labels, of more documents
+    kept = {s.name: s.host for s in stages(again)}
+    assert kept["rank_overlap"]["rankers"] == 2 * kept["rank"]["rankers"]
+    tuned = _job(overlap__copies=2, overlap__fine_tune=True)
+    times = {s.name: s for s in stage_times(tuned)}
+    assert times["match_overlap"].steps == sum(s.steps for s in times.values() if s.name.startswith("match-"))
