@@ -35,7 +35,8 @@ def test_every_choice_composes(group: str) -> None:
 def test_every_experiment_composes_also_with_debug(path: Path) -> None:
     command = "giant" if path.stem.startswith("giant_") else "train"
     words = [f"experiment={path.stem}", "graph.path=somewhere" if command == "giant" else "dataset.path=somewhere"]
-    compose_run(words, config_name=command)
+    if not path.stem.startswith("xr_") or path.stem.endswith("_ensemble"):  # the others: test_experiments.py
+        compose_run(words, config_name=command)
     assert compose_run([*words, "debug=smoke"], config_name=command).matcher.steps == [4]
 
 
