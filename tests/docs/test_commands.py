@@ -160,7 +160,9 @@ def _giant(desk: Path, command: str, words: list[str], page: str) -> None:
     if words[0] == "classify":
         compose_run(words[1:], config_name="giant_classify")
     else:
-        compose_run([*words, "engine.global_batch=256"], config_name="giant", world_size=1)
+        compose_run([*words, "engine.global_batch=256"], config_name="giant")
+    file = re.search(r"--config_file (\S+)", command)
+    assert file is None or (desk / file[1]).is_file(), command
 
 
 def _prepare(desk: Path, command: str, words: list[str], page: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 from tests.helpers.graphs import Planted, two_dialects, write_ogb
 from tests.helpers.launch import launch
@@ -23,6 +24,7 @@ from xmcdist.features.tfidf import Tfidf
 from xmcdist.parallel.launch import World
 from xmcdist.pipelines.giant import giant
 from xmcdist.pipelines.node_classification import classify
+from xmcdist.sparse.csr import without
 from xmcdist.sparse.store import open_csr
 
 SETTINGS = [
@@ -163,8 +165,22 @@ def test_hubs_and_lonely_nodes_are_embedded_too_and_rankers_may_follow(tmp_path:
     again = TextEmbedder.load(tmp_path / "run" / "embeddings" / "encoder")(planted.texts)
     np.testing.assert_allclose(again, X, atol=1e-5)
     assert {"metrics", "baseline", "neighbours"} <= found.keys()
+    fitted = Tfidf.load(tmp_path / "run" / "stages" / "features" / "tfidf")
+    assert fitted.fingerprint == Tfidf.fit(planted.texts, _config(*files).features, World.single()).fingerprint
     assert found["metrics"]["R@10"] > 0
     assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
+def test_known_neighbours_leave_the_ranking() -> None:
+    scores = sp.csr_matrix(
+        (np.array([0.5, 0.0, 0.25, 0.0, 0.75], np.float32), np.array([1, 2, 3, 0, 3]), np.array([0, 3, 3, 5])),
+        shape=(3, 4),
+    )
+    known = sp.csr_matrix((np.ones(3, np.float32), np.array([0, 2, 3]), np.array([0, 2, 2, 3])), shape=(3, 4))
+    left = without(scores, known)
+    assert left.indptr.tolist() == [0, 2, 2, 3]
+    assert left.indices.tolist() == [1, 3, 0]
+    assert left.data.tolist() == [0.5, 0.25, 0.0]
 
 
 def test_mistakes_are_told_before_anything_is_read() -> None:
