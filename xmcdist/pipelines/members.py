@@ -73,7 +73,7 @@ def train_members(cfg: RunConfig, members: dict[str, RunConfig], world: World) -
     run_dir = Path(cfg.run_dir)
     with errors_together():
         if world.is_main:
-            _claim(run_dir)
+            _claim(run_dir, alone=cfg.only_members is None)
     log = RunLog(run_dir, world)
     preemption.begin(run_dir, log.say, watch.gone)
     wanted = list(members) if cfg.only_members is None else [name for name in members if name in cfg.only_members]
@@ -104,14 +104,15 @@ def train_members(cfg: RunConfig, members: dict[str, RunConfig], world: World) -
     return _join(cfg, members, world, log)
 
 
-def _claim(run_dir: Path) -> None:
+def _claim(run_dir: Path, alone: bool) -> None:
     if (run_dir / "stages").is_dir():
         raise UserError(f"run_dir={run_dir} holds a run of one model: choose another run_dir=... for the ensemble")
     try:
         (run_dir / "members").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"run_dir={run_dir} cannot be written ({error}): choose another") from error
-    preemption.clear_mark(run_dir)
+    if alone:  # else it may be that of another job, whose batch script has not seen it yet
+        preemption.clear_mark(run_dir)
 
 
 def _state(members: dict[str, RunConfig], world: World) -> dict[str, str | None]:
