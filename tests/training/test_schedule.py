@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.helpers.ranks import on_ranks
-from tests.training import problem
+from tests.training import problem, test_schedule_ceiling
 from tests.training.problem import NODES, Hooks, Setting
 from xmcdist.checkpoint.train_state import StateStore, load_state
 from xmcdist.config.schema import ScheduleConfig
@@ -53,7 +53,7 @@ def _by_hand(losses: list[float]) -> list[float]:
 
 
 @on_ranks(1, 2, 3)
-def test_one_rate_on_all_ranks_from_different_losses_and_resumed_to_the_bit(
+def test_one_rate_and_one_ceiling_on_all_ranks_from_different_losses_and_resumed_to_the_bit(
     rank: int, world_size: int, tmp_path: Path
 ) -> None:
     mesh = Mesh.build(World(rank, world_size, rank, world_size, "cpu"))
@@ -65,7 +65,7 @@ def test_one_rate_on_all_ranks_from_different_losses_and_resumed_to_the_bit(
         local.append(float(loss.detach()))
         return loss
 
-    loop._micro_loss = spied
+    loop._micro_loss = spied  # type: ignore[assignment]
 
     def run(resume: dict[str, Any] | None, hooks: Hooks) -> tuple[list[torch.Tensor], list[float]]:
         encoder, own = problem.encoder(SETTING), problem.head(rank, world_size)
@@ -95,6 +95,8 @@ def test_one_rate_on_all_ranks_from_different_losses_and_resumed_to_the_bit(
     allowed = 0.0 if world_size < 3 else 2e-5
     assert np.allclose(last, losses[step:], atol=allowed, rtol=0)
     assert all(torch.allclose(a, b, atol=allowed, rtol=0) for a, b in zip(straight, again, strict=True))
+    loop._micro_loss = micro
+    test_schedule_ceiling.check_on_ranks(rank, world_size)  # here, as starting ranks takes longer than all else
 
 
 def test_each_level_begins_anew() -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.helpers.ranks import on_ranks
 from tests.training import problem
 from tests.training.problem import DOCS, NODES, Hooks, Setting
 from xmcdist.config.schema import OptimizerConfig, ScheduleConfig
@@ -130,9 +129,11 @@ def _bounded(limit: str, **values: Any) -> LevelTask:
     return replace(problem.task(setting), schedule=ScheduleConfig(name="constant", warmup=0, max_head_lr=limit))
 
 
-@on_ranks(1, 2, 3)
-def test_is_the_same_on_any_number_of_ranks(rank: int, world_size: int) -> None:
-    """The loop measures it with each rank's rows and documents; numpy with all of them."""
+def check_on_ranks(rank: int, world_size: int) -> None:
+    """The loop measures it with each rank's rows and documents; numpy with all of them.
+
+    Collective; called by `test_schedule`, where the ranks are.
+    """
     task, hooks, ids = _bounded("auto"), Hooks(), np.arange(DOCS)
     E = embed(problem.encoder(SETTING), task.tokens, ids).astype(np.float64)
     both = _dense(E, task.candidates.of(ids, 0), NODES, task.matcher.loss)
