@@ -7,8 +7,8 @@ Nodes are the packages of Debian main, their texts the descriptions (not the nam
 Suggests, classes the archive sections.  Packages of one source are all trained on, all validated on or all tested.
 Lists of another machine or release do as well: --lists is any folder with one Packages and one Translation-en list,
 as https://deb.debian.org/debian/dists/ has them, named as apt names them.  Every training run is a process of its
-own; with --work folders are kept there and a second call goes on with them.  --nodes N takes the first N packages
-in order of a hash, for a quick look.
+own; with --work folders are kept there and a second call goes on with them.  --nodes N takes N packages that
+are near each other, for a quick look.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def build(lists: Path, folder: Path, nodes: int | None) -> dict[str, Any]:
 
     packages, snapshot = read_packages(lists)
     if nodes is not None:
-        packages = sorted(packages, key=lambda p: _share(p.name))[:nodes]
+        packages = _neighbourhood(packages, nodes)
     packages = sorted(packages, key=lambda p: p.name)
     number = {p.name: i for i, p in enumerate(packages)}
     edges = [(i, number[to]) for i, p in enumerate(packages) for to in sorted(p.related) if to in number]
@@ -82,6 +82,20 @@ def build(lists: Path, folder: Path, nodes: int | None) -> dict[str, Any]:
         "share of the largest class": round(100 * max(kept.count(s) for s in set(kept)) / len(kept), 1),
         "different texts": len(set(texts)),
     }
+
+
+def _neighbourhood(packages: list[Any], nodes: int) -> list[Any]:
+    """Packages in order of a hash, each followed by those that it is related to, until there are enough."""
+    named = {p.name: p for p in packages}
+    taken: dict[str, Any] = {}
+    for package in sorted(packages, key=lambda p: _share(p.name)):
+        waiting = [package.name]
+        while waiting and len(taken) < nodes:
+            name = waiting.pop()
+            if name in named and name not in taken:
+                taken[name] = named[name]
+                waiting += sorted(named[name].related, key=_share)
+    return list(taken.values())
 
 
 def _share(name: str) -> float:

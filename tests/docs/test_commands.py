@@ -124,7 +124,8 @@ def test_commands_run(page: Path, desk: Path) -> None:
         asked = _asked(command)
         if command.startswith(tuple(ELSEWHERE)) or asked is None or asked[0] == "COMMAND":
             continue
-        special = {"train": _train, "giant": _giant, "prepare": _prepare, "serve": _serve, "board": _board}.get(asked[0])
+        own = {"train": _train, "giant": _giant, "prepare": _prepare, "serve": _serve, "board": _board}
+        special = own.get(asked[0])
         if special is not None:
             special(desk, command, asked[1:], page.name)
         elif not _is_foreign(command):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from contextlib import suppress
-from pathlib import Path
 
 from xmcdist.cli.app import run
+from xmcdist.cli.ranks import on_all_ranks
 from xmcdist.config.commands import GiantClassifyConfig, GiantConfig
 from xmcdist.config.errors import UserError
 from xmcdist.parallel.launch import rank_from_environment
@@ -29,22 +27,9 @@ def main() -> None:
 
 
 def _giant(cfg: GiantConfig) -> None:
-    from xmcdist.parallel.launch import setup, shutdown
     from xmcdist.pipelines.giant import giant
 
-    world = setup(use_gpu=cfg.engine.name != "cpu", timeout_s=cfg.engine.timeout_s)
-    try:
-        giant(cfg, world)
-    except preemption.Preempted as stop:
-        preemption.leaving()
-        if world.is_main:
-            preemption.write_mark(Path(cfg.run_dir), stop)
-        with suppress(Exception):  # all that matters is on disk
-            shutdown()
-        sys.stdout.flush()
-        os._exit(preemption.EXIT_STATUS)
-    preemption.leaving()
-    shutdown()
+    on_all_ranks(cfg, lambda world: giant(cfg, world))
 
 
 def _classify(cfg: GiantClassifyConfig) -> None:

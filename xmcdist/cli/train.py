@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from contextlib import suppress
-from pathlib import Path
-
 from xmcdist.cli.app import run
+from xmcdist.cli.ranks import on_all_ranks
 from xmcdist.config.members import compose_members
 from xmcdist.config.schema import RunConfig
 from xmcdist.parallel.launch import rank_from_environment
@@ -24,27 +20,11 @@ def main() -> None:
 
 
 def _train(cfg: RunConfig) -> None:
-    from xmcdist.parallel.launch import setup, shutdown
     from xmcdist.pipelines.members import train_members
     from xmcdist.pipelines.train import train
 
     members = compose_members(_overrides(), cfg, rank_from_environment()[1]) if cfg.members else {}
-    world = setup(use_gpu=cfg.engine.name != "cpu", timeout_s=cfg.engine.timeout_s)
-    try:
-        if members:
-            train_members(cfg, members, world)
-        else:
-            train(cfg, world)
-    except preemption.Preempted as stop:
-        preemption.leaving()
-        if world.is_main:
-            preemption.write_mark(Path(cfg.run_dir), stop)
-        with suppress(Exception):  # all that matters is on disk
-            shutdown()
-        sys.stdout.flush()
-        os._exit(preemption.EXIT_STATUS)
-    preemption.leaving()
-    shutdown()
+    on_all_ranks(cfg, lambda world: train_members(cfg, members, world) if members else train(cfg, world))
 
 
 def _overrides() -> list[str]:

@@ -118,6 +118,7 @@ def check_giant(cfg: GiantConfig) -> list[str]:
         (
             cfg.dataset.path != "none",
             f"dataset.path={cfg.dataset.path} has no effect on giant: give graph.path, or graph.text and graph.edges",
+        (bool(cfg.members), "members have no effect on giant, which has one encoder: leave them out"),
         ),
         (g.max_degree < 2, f"graph.max_degree={g.max_degree} must be at least 2"),
         (not 0 <= g.holdout < 1, f"graph.holdout={g.holdout} is a share of the edges, in [0, 1)"),
