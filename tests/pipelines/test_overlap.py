@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from safetensors.torch import load_file
 
 import xmcdist
 from tests.helpers.ranks import on_ranks
@@ -17,6 +18,7 @@ from tests.helpers.toy import TINY_RUN, write_text_folder
 from xmcdist.config.commands import TreeShowConfig
 from xmcdist.config.compose import compose_run
 from xmcdist.config.errors import ConfigError, UserError
+from xmcdist.encoders.hf import load_encoder
 from xmcdist.inference.beam import beam_search
 from xmcdist.parallel.launch import World
 from xmcdist.pipelines.report import write_report
@@ -230,16 +232,17 @@ def test_the_matchers_tree_may_be_given_out_anew_too(tmp_path: Path) -> None:
     before, after = (LabelTree.load(stages / name / "tree") for name in ("tree", "match_overlap1_tree"))
     Y, P = sp.load_npz(tmp_path / "data" / "Y.trn.npz"), open_csr(stages / "match-2" / "P")
     assert after.fingerprint == assign(before, count_matches(sp.csr_matrix(Y), P), 3).tree.fingerprint
-    for t in (1, 2):  # begun where the first pass ended, then trained on
+    for t in (1, 2):
         rows = [np.load(stages / f"{name}-{t}" / "head.npy") for name in ("match", "match_overlap1")]
         assert rows[0].shape == rows[1].shape
         assert not np.array_equal(*rows)
-    made_by = json.loads((stages / "match_overlap1-1" / "stage.json").read_text())["inputs"]["after"]
-    assert set(made_by) == {"match_overlap1_tree", "match-2"}
-    assert set(json.loads((stages / "embed" / "stage.json").read_text())["inputs"]["after"]) == {
-        "tokens",
-        "match_overlap1-2",
-    }
+    names = ["match_overlap1-1", "match-2"]
+    first, last = (load_file(stages / name / "encoder" / "model.safetensors") for name in names)
+    fresh = load_encoder(compose_run(settings).encoder, 0).model.state_dict()
+    moved = [sum(float((first[n] - other[n]).square().sum()) for n in first) for other in (last, fresh)]
+    assert 0 < moved[0] < moved[1]  # begun where the first pass ended, not anew
+    made_by = [json.loads((stages / n / "stage.json").read_text())["inputs"]["after"] for n in (names[0], "embed")]
+    assert [set(names) for names in made_by] == [{"match_overlap1_tree", "match-2"}, {"tokens", "match_overlap1-2"}]
     assert LabelTree.load(stages / "rank_overlap1_tree" / "tree").labels.size > 40
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     numbers = [row["global_step"] for row in steps if "loss" in row]
