@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import re
 import shutil
 from itertools import pairwise
@@ -187,6 +188,14 @@ def test_embeddings_in_place_of_tfidf(sets: dict[str, Path], tmp_path: Path) -> 
     assert len(set(centres.argmax(1).tolist())) == GROUPS
     assert _purity(_tree(data, f"tree.document_embeddings={tmp_path / 'other.npy'}")) < CHANCE
     assert not list(data.parent.glob("run-*/stages/tree/document_embeddings.npy"))
+    # Other contents of the same file make the tree of the same run anew.
+    again = [FLAT, data, tmp_path / "run", [f"tree.document_embeddings={tmp_path / 'E.npy'}"]]
+    made = []
+    for source in ("E.npy", "E.npy", "other.npy"):
+        np.save(tmp_path / "E.npy", np.load(tmp_path / source))
+        train(_config(*again), World.single())  # type: ignore[arg-type]
+        made.append(json.loads((tmp_path / "run" / "stages" / "tree" / "stage.json").read_text())["id"])
+    assert made[0] == made[1] != made[2]
 
 
 SOURCES = {
