@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from xmcdist.config.checks import check_run
+from xmcdist.config.commands import CountsConfig, PlanConfig
 from xmcdist.config.compose import compose_unchecked, to_object
 from xmcdist.config.members import compose_members
 from xmcdist.config.schema import RunConfig
+from xmcdist.pipelines.plan import plan_members
 
 ROOT = Path(__file__).parents[2]
 WORLD = 8
@@ -78,6 +80,18 @@ def test_xr_transformers_ensembles(data: str, ensemble: str, differ: dict[str, l
     assert len({(m.encoder.name, m.seed, m.tree.seed) for m in members.values()}) == 3
     if data == "amazon_3m":
         assert [m.tree.max_leaf_size for m in members.values()] == [100, 32, 32]
+
+
+def test_members_can_be_planned_without_their_data(capsys: pytest.CaptureFixture[str]) -> None:
+    members = _compose("x_transformer_eurlex_4k")[1]
+    counts = CountsConfig(documents=15449, labels=3956, labels_per_document=5.3, columns=186104)
+    some = {name: members[name] for name in ("xlnet-pifa", "bert-text")}
+    found = plan_members(some, PlanConfig(gpu="a100", gpus=WORLD, counts=counts))
+    assert [one["tree"] for one in found.values()] == [[64, 3956]] * 2
+    assert [one["does_not_fit"] for one in found.values()] == [[], []]
+    assert [[level["steps"] for level in one["levels"]] for one in found.values()] == [[1000], [1000]]
+    said = capsys.readouterr().out
+    assert said.index("member xlnet-pifa") < said.index("360.3 M") < said.index("member bert-text")
 
 
 def test_every_ensemble_of_a_paper_has_its_page() -> None:

@@ -24,10 +24,12 @@ from xmcdist.config.schema import DatasetConfig, RunConfig
 from xmcdist.encoders.embed import TextEmbedder
 from xmcdist.inference.ensemble import Ensemble
 from xmcdist.parallel.launch import World
+from xmcdist.pipelines.doctor_folders import model_checks
 from xmcdist.pipelines.evaluation import evaluate_model
 from xmcdist.pipelines.members import train_members
 from xmcdist.pipelines.predict import predict_file
 from xmcdist.pipelines.train import train
+from xmcdist.serving.folders import count_labels
 from xmcdist.training import preemption
 
 SMALL = [
@@ -129,9 +131,12 @@ def test_the_model_folder_can_be_moved_and_copied_by_itself(
     run, _ = done
     texts = (data / "X.tst.txt").read_text().splitlines()[:4]
     want = xmcdist.load(str(run / "model")).predict(texts, k=3)
+    assert count_labels(str(run / "model")) == 20
+    assert model_checks(run / "model", verify=True)[0][1] == "ok"
     shutil.copytree(run / "model", tmp_path / "elsewhere")
     assert xmcdist.load(str(tmp_path / "elsewhere"), verify=True).predict(texts, k=3) == want
-    (tmp_path / "elsewhere" / "label_frequency.npy").touch()
+    with pytest.raises(UserError, match="is an ensemble itself: name the folders of its members"):
+        xmcdist.load([str(tmp_path / "elsewhere"), str(run / "members" / "seed" / "model")])
     shutil.rmtree(tmp_path / "elsewhere" / "members" / "seed")
     with pytest.raises(UserError, match=r"elsewhere is an ensemble of 3 models, of which these are not there: seed \("):
         xmcdist.load(str(tmp_path / "elsewhere"))

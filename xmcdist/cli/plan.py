@@ -15,6 +15,7 @@ _USAGE = """usage: python -m xmcdist plan [settings of train ...] [gpu=h100] [gp
 Says what a run of these settings will take, without starting it: tree, memory a rank, steps, traffic, time, and
 what would not fit, with the setting to change.  The data are counted where they are at hand; elsewhere
 counts=NAME takes published counts, and counts.documents= counts.labels= ... any others.
+Of an ensemble every member is planned as if it were alone; stages that members share are counted in each.
 --json prints all figures as JSON; output=FILE writes them.
 
 """
@@ -38,9 +39,15 @@ def main() -> None:
         if cfg.counts.documents is not None and not any(a.startswith("dataset.path=") for a in settings):
             settings.append("dataset.path=none")  # no data are looked at
         run = compose_run(settings, world_size=cfg.gpus * cfg.nodes)
-        from xmcdist.pipelines.plan import plan
+        from xmcdist.pipelines.plan import plan, plan_members
 
-        plan(run, cfg, as_json="--json" in given)
+        if run.members:
+            from xmcdist.config.members import compose_members
+
+            members = compose_members(settings, run, cfg.gpus * cfg.nodes)
+            plan_members(members, cfg, as_json="--json" in given)
+        else:
+            plan(run, cfg, as_json="--json" in given)
     except UserError as error:
         print(f"xmcdist: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -18,7 +18,8 @@ from xmcdist.encoders.source import load_config
 __all__ = ["KNOWN_CONFIGS", "EncoderCosts", "encoder_costs"]
 
 # Published sizes of encoders that are often named, so that a plan needs no download: the family's
-# defaults are the base model's.  Sources: config.json of each model on the HuggingFace hub.
+# defaults are the base model's, XLNet's those of the large one.  Sources: config.json of each model on
+# the HuggingFace hub.
 _BERT_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 _ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
 KNOWN_CONFIGS: dict[str, tuple[str, dict[str, int]]] = {
@@ -26,11 +27,14 @@ KNOWN_CONFIGS: dict[str, tuple[str, dict[str, int]]] = {
     "bert-base-cased": ("bert", {"vocab_size": 28996}),
     "bert-large-uncased": ("bert", _BERT_LARGE),
     "bert-large-cased": ("bert", {"vocab_size": 28996, **_BERT_LARGE}),
+    "bert-large-cased-whole-word-masking": ("bert", {"vocab_size": 28996, **_BERT_LARGE}),
     "distilbert-base-uncased": ("distilbert", {}),
     "roberta-base": ("roberta", _ROBERTA),
     "roberta-large": ("roberta", _ROBERTA | _BERT_LARGE),
+    "xlnet-base-cased": ("xlnet", {"d_model": 768, "n_layer": 12, "n_head": 12, "d_inner": 3072}),
+    "xlnet-large-cased": ("xlnet", {}),
 }
-_OWNERS = ("google-bert/", "distilbert/", "FacebookAI/")  # the hub's newer spelling of the same models
+_OWNERS = ("google-bert/", "distilbert/", "FacebookAI/", "xlnet/")  # the hub's newer spelling of the same models
 
 # Bytes that autograd keeps a token and layer, in units of d and of i, counted on BERT with
 # torch.autograd.graph.saved_tensors_hooks (tests/encoders/test_costs.py counts again).
@@ -91,7 +95,7 @@ class EncoderCosts:
         auto: Any = transformers.AutoModel  # its functions have no types
         try:
             with torch.device("meta"):
-                model = auto.from_config(copy.deepcopy(config))
+                model = auto.from_config(copy.deepcopy(config)).to("meta")  # XLNet puts some weights elsewhere
         except (ValueError, KeyError) as error:
             raise EncoderError(f"no encoder can be built from this {type(config).__name__}: {error}") from error
         if layers is not None:
@@ -120,9 +124,10 @@ class EncoderCosts:
                 per_document += weights
 
         hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Linear)]
+        device = next(model.parameters()).device
         try:
-            with torch.no_grad():
-                model(input_ids=torch.full((1, 4), 5, device=next(model.parameters()).device))
+            with torch.no_grad(), torch.device(device):  # XLNet makes its positions where the default is
+                model(input_ids=torch.full((1, 4), 5))
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             raise EncoderError(f"{type(model).__name__} does not encode input_ids alone: {error}") from error
         finally:
@@ -130,6 +135,9 @@ class EncoderCosts:
                 hook.remove()
         tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
         named = dict(model.named_parameters())
+        for name, p in named.items():  # XLNet's attention has matrices of its own; r meets positions, two a token
+            if p.ndim == 3 and name.rsplit(".", 1)[-1] in ("q", "k", "v", "o", "r"):
+                per_token += p.numel() * (2 if name.endswith(".r") else 1)
         idle = 0 if pooling == "pooler" else sum(p.numel() for name, p in named.items() if "pooler" in name)
         config = model.config
         return cls(

@@ -29,7 +29,7 @@ from xmcdist.planning.memory import Runtime
 if TYPE_CHECKING:
     from xmcdist.encoders.costs import EncoderCosts
 
-__all__ = ["count_data", "data_is_at_hand", "make_job", "plan"]
+__all__ = ["count_data", "data_is_at_hand", "make_job", "plan", "plan_members"]
 
 _SAMPLE = 20_000  # documents whose words are counted
 _TOKENISED = 256  # documents whose tokens are counted
@@ -52,8 +52,45 @@ def plan(run: RunConfig, cfg: PlanConfig, as_json: bool = False) -> dict[str, An
         text = scaling_tables()
         print(text, end="")
         return {"scaling": text}
-    job = make_job(run, cfg)
-    out = figures(job, Runtime())
+    out = figures(make_job(run, cfg), Runtime())
+    if not _told(out, cfg, as_json):
+        from rich.console import Console
+
+        show(out, Console(soft_wrap=True))
+    return out
+
+
+def plan_members(members: dict[str, RunConfig], cfg: PlanConfig, as_json: bool = False) -> dict[str, Any]:
+    """Plan an ensemble's members, each as `plan` does.
+
+    Returns:
+        Their figures by name.
+
+    Raises:
+        UserError: as `plan`, with the member's name.
+    """
+    if cfg.scaling:
+        raise UserError(
+            "scaling=true prints tables of its own, and this is an ensemble: leave experiment= or members away"
+        )
+    out = {}
+    for name, member in members.items():
+        try:
+            out[name] = figures(make_job(member, cfg), Runtime())
+        except UserError as error:
+            raise UserError(f"member {name}: {error}") from error
+    if not _told(out, cfg, as_json):
+        from rich.console import Console
+
+        console = Console(soft_wrap=True)
+        for name, found in out.items():
+            console.rule(f"member {name}")
+            show(found, console)
+    return out
+
+
+def _told(out: dict[str, Any], cfg: PlanConfig, as_json: bool) -> bool:
+    """Write the figures to ``cfg.output`` where asked for; whether they were printed as JSON."""
     text = json.dumps(out, indent=1)
     if cfg.output is not None:
         try:
@@ -62,11 +99,7 @@ def plan(run: RunConfig, cfg: PlanConfig, as_json: bool = False) -> dict[str, An
             raise UserError(f"output={cfg.output} cannot be written: {error.strerror}") from None
     if as_json:
         print(text)
-    else:
-        from rich.console import Console
-
-        show(out, Console(soft_wrap=True))
-    return out
+    return as_json
 
 
 def make_job(run: RunConfig, cfg: PlanConfig) -> Job:

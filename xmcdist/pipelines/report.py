@@ -70,6 +70,8 @@ def write_report(run_dir: Path) -> tuple[Path, list[str]]:
     O(rows) of ``metrics.jsonl``; memory does not grow with documents or labels, besides the
     model, which is mapped.
     """
+    if (run_dir / "members").is_dir():
+        raise UserError(f"{run_dir} holds an ensemble, whose members have pages of their own: {run_dir}/members/NAME")
     if not (run_dir / "config.json").is_file():
         raise UserError(f"{run_dir} is no run folder: it has no config.json (give the run_dir of a `train`)")
     facts, left_out = _gather(run_dir)
