@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xmcdist.config.schema import RunConfig
+from xmcdist.config.schema import RunConfig, ScheduleConfig
 
 __all__ = ["SCHEDULE_AT_LEAST", "SCHEDULE_CHOICES", "schedule_faults"]
 
@@ -29,12 +29,41 @@ SCHEDULE_AT_LEAST: dict[str, float] = {
     "schedule.reset_after": 1,
 }
 
+_ONLY: dict[str, tuple[str, ...]] = {
+    "step": ("step_every", "step_gamma"),
+    "one_cycle": ("rise", "start_div", "end_div"),
+    "greedy": (
+        "metric",
+        "window",
+        "compare",
+        "threshold",
+        "threshold_mode",
+        "patience",
+        "factor",
+        "min_factor",
+        "max_factor",
+        "wait_after_cut",
+        "wait_after_raise",
+        "waiting",
+        "reset_after",
+    ),
+}
+
 
 def schedule_faults(cfg: RunConfig) -> list[tuple[bool, str]]:
     """Whether each fault is there, and the sentence that tells it."""
     s, m = cfg.schedule, cfg.matcher
     validated = s.name == "greedy" and s.metric == "validation"
+    default = ScheduleConfig()
     return [
+        *(
+            (
+                s.name != owner and getattr(s, name) != getattr(default, name),
+                f"schedule.{name}={getattr(s, name)} has no effect on schedule.name={s.name}: it is of {owner}",
+            )
+            for owner, names in _ONLY.items()
+            for name in names
+        ),
         *(
             (not 0 < getattr(s, name) < 1, f"schedule.{name}={getattr(s, name)} must be in (0, 1)")
             for name in ("factor", "rise")
