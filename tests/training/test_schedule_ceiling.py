@@ -61,19 +61,21 @@ def _dense(E: NDArray[np.float64], c: Candidates, rows: int, loss: str) -> list[
 @pytest.mark.parametrize("batch", [1, 10, N, 3 * N])
 def test_equals_dense_eigenvalues(loss: str, batch: int) -> None:
     E, c = _vectors(), _candidates()
-    got = ceiling_of(E, c, ROWS, loss, batch)
+    got = ceiling_of(E, c, ROWS, loss, batch, N)
     both = _dense(E.double().numpy(), c, ROWS, loss)
     q = max(N - batch, 0) / (batch * (N - 1))
     assert got.curvature == pytest.approx(max(C for C, _ in both), rel=1e-3)
     assert got.rate == pytest.approx(2 / max((1 - q) * C + q * R for C, R in both), rel=1e-3)
     assert got.documents == N
+    many = ceiling_of(E, c, ROWS, loss, batch, 10**9)  # of which the documents are a sample
+    assert many.rate == pytest.approx(2 / max((1 - 1 / batch) * C + R / batch for C, R in both), rel=1e-3)
 
 
 def test_nothing_to_bound() -> None:
     none = Candidates(
         np.zeros(N + 1, np.int64), *(np.zeros(0, t) for t in (np.int64, np.float32, np.float32)), np.zeros(N)
     )
-    assert ceiling_of(_vectors(), none, ROWS, "squared_hinge", 8).rate == np.inf
+    assert ceiling_of(_vectors(), none, ROWS, "squared_hinge", 8, N).rate == np.inf
 
 
 def _descend(rate: float, batch: int, steps: int, start: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
@@ -101,7 +103,7 @@ def _descend(rate: float, batch: int, steps: int, start: torch.Tensor | None = N
 
 
 def test_descent_converges_just_below_and_diverges_just_above() -> None:
-    ceiling = ceiling_of(_vectors(), _candidates(), ROWS, "weighted_squared_hinge", N)
+    ceiling = ceiling_of(_vectors(), _candidates(), ROWS, "weighted_squared_hinge", N, N)
     best, _ = _descend(0.9 * ceiling.rate, N, 800)
     near = best + 1e-4 * torch.from_numpy(np.random.default_rng(3).normal(size=best.shape).astype(np.float32))
     below, _ = _descend(0.97 * ceiling.rate, N, 150, near)
@@ -112,8 +114,8 @@ def test_descent_converges_just_below_and_diverges_just_above() -> None:
 
 
 def test_small_batches_are_stable_below_their_own_ceiling_and_not_below_that_of_all_documents() -> None:
-    ceiling = ceiling_of(_vectors(), _candidates(), ROWS, "weighted_squared_hinge", 1)
-    whole = ceiling_of(_vectors(), _candidates(), ROWS, "weighted_squared_hinge", N)
+    ceiling = ceiling_of(_vectors(), _candidates(), ROWS, "weighted_squared_hinge", 1, N)
+    whole = ceiling_of(_vectors(), _candidates(), ROWS, "weighted_squared_hinge", N, N)
     _, start = _descend(0.0, 1, 1)
     _, below = _descend(0.97 * ceiling.rate, 1, 600)
     _, above = _descend(0.97 * whole.rate, 1, 600)

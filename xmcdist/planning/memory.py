@@ -239,9 +239,9 @@ def _parts(weights: float, gradients: float, moments: float, buffers: float) -> 
 
 
 def _head_parts(job: Job, level: MatchLevel, e: EncoderCosts) -> dict[str, float]:
-    """Rows, gradients and two moments of the largest shard; lazy Adam counts steps a row."""
+    """Rows, gradients and moments of the largest shard; lazy Adam counts steps a row, plain descent has no moments."""
     row = (e.hidden + 1) * _FLOAT
-    size = float(level.rows * row * (2 + _MOMENTS))
+    size = float(level.rows * row * (2 + (0 if job.cfg.optimizer.head == "sgd" else _MOMENTS)))
     if job.cfg.optimizer.head == "sparse_adam":
         size += 2 * _FLOAT * level.rows
     if job.cfg.matcher.validation_fraction:

@@ -97,11 +97,15 @@ def head_ceiling(
     mine = torch.from_numpy(embed(encoder, tokens, own, device=head.weight.device, precision=precision))
     E = torch.cat(all_gather_ragged(mine.to(head.weight.device)))
     candidates = source.of(some, 0).restrict(head.start, head.stop)
-    return ceiling_of(E, candidates, len(head.weight), loss, batch)
+    return ceiling_of(E, candidates, len(head.weight), loss, batch, len(ids))
 
 
-def ceiling_of(E: Tensor, candidates: Candidates, rows: int, loss: str, batch: int) -> Ceiling:
-    """The ceiling of given vectors ``[N, d]`` and candidates among this rank's rows; collective."""
+def ceiling_of(E: Tensor, candidates: Candidates, rows: int, loss: str, batch: int, drawn_from: int) -> Ceiling:
+    """The ceiling of given vectors ``[N, d]`` and candidates among this rank's rows; collective.
+
+    Args:
+        drawn_from: documents that batches are drawn from; more than N where these are a sample.
+    """
     E = torch.cat([E, E.new_ones(len(E), 1)], dim=1)
     N = len(E)
     doc, row = (torch.from_numpy(a).to(E.device) for a in (candidates.doc(), candidates.node))
@@ -111,7 +115,7 @@ def ceiling_of(E: Tensor, candidates: Candidates, rows: int, loss: str, batch: i
     a = torch.from_numpy(share).to(E)
     C = largest_curvature(E, doc, row, a / N, rows)
     R = E.new_zeros(rows).scatter_reduce(0, row, a * E.square().sum(1)[doc], "amax")
-    q = max(N - batch, 0) / (min(batch, N) * max(N - 1, 1))
+    q = max(drawn_from - batch, 0) / (batch * max(drawn_from - 1, 1))
     own = torch.stack([((1 - q) * C + q * R).amax(), C.amax()]) if rows else E.new_zeros(2)
     bound, curvature = all_reduce(own.double(), "max").tolist()
     return Ceiling(2.0 / bound if bound else math.inf, curvature, N)
