@@ -10,6 +10,7 @@ model in memory.  ``RUN/model`` holds all members' models, as hard links.
 from __future__ import annotations
 
 import gc
+import json
 import shlex
 import shutil
 import sys
@@ -161,24 +162,21 @@ def _check_needs(run_dir: Path, name: str, members: dict[str, RunConfig]) -> Non
 def _make_room(run_dir: Path, name: str, member: RunConfig, log: RunLog) -> None:
     """Put a member with other settings aside, and one with these settings that was put aside back; on one rank."""
     folder, aside = Path(member.run_dir), run_dir / "members" / _OTHER
-    now, there = fingerprint(shaping_settings(member)), _settings_of(folder)
-    if there not in (None, now):
+    now = json.loads(json.dumps(shaping_settings(member), default=str))
+    there = read_json(folder / "config.json") if (folder / "config.json").is_file() else now
+    # A setting that one of the two does not know is of another version: `train` refuses to go on with it.
+    if any(there[key] != now[key] for key in there.keys() & now.keys()):
         lock = RunLock(folder, log.say, slurm_job())
         lock.take()  # nobody is at it
         lock.release()
+        before = aside / f"{name}-{fingerprint(there)}"
         aside.mkdir(exist_ok=True)
-        shutil.rmtree(aside / f"{name}-{there}", ignore_errors=True)
-        folder.replace(aside / f"{name}-{there}")
-        log.say(f"member {name}: its settings changed; as it was it is kept in {aside / f'{name}-{there}'}")
-    if not folder.exists() and (aside / f"{name}-{now}").is_dir():
-        (aside / f"{name}-{now}").replace(folder)
+        shutil.rmtree(before, ignore_errors=True)
+        folder.replace(before)
+        log.say(f"member {name}: its settings changed; as it was it is kept in {before}")
+    if not folder.exists() and (aside / f"{name}-{fingerprint(now)}").is_dir():
+        (aside / f"{name}-{fingerprint(now)}").replace(folder)
         log.say(f"member {name}: was trained with these settings before, taken from {aside}")
-
-
-def _settings_of(folder: Path) -> str | None:
-    """Fingerprint of the settings that a run folder is of."""
-    path = folder / "config.json"
-    return fingerprint(read_json(path)) if path.is_file() else None
 
 
 def _free_memory() -> None:
