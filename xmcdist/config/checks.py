@@ -9,7 +9,6 @@ from typing import Any
 
 from xmcdist.config.commands import GiantConfig
 from xmcdist.config.schedule_checks import SCHEDULE_AT_LEAST, SCHEDULE_CHOICES, schedule_faults
-from xmcdist.config.schedule_checks import SCHEDULE_AT_LEAST, SCHEDULE_CHOICES, schedule_faults
 from xmcdist.config.schema import RunConfig
 from xmcdist.config.tree_checks import tree_faults
 
@@ -118,8 +117,8 @@ def check_giant(cfg: GiantConfig) -> list[str]:
         (
             cfg.dataset.path != "none",
             f"dataset.path={cfg.dataset.path} has no effect on giant: give graph.path, or graph.text and graph.edges",
-        (bool(cfg.members), "members have no effect on giant, which has one encoder: leave them out"),
         ),
+        (bool(cfg.members), "members have no effect on giant, which has one encoder: leave them out"),
         (g.max_degree < 2, f"graph.max_degree={g.max_degree} must be at least 2"),
         (not 0 <= g.holdout < 1, f"graph.holdout={g.holdout} is a share of the edges, in [0, 1)"),
         (not g.text_columns, "graph.text_columns is empty: name the column of the texts"),
@@ -182,7 +181,6 @@ def _together(cfg: RunConfig, world_size: int) -> list[tuple[bool, str]]:
             not 0 < n.consistent_share <= 1,
             f"negatives.consistent_share={n.consistent_share} is a share of a cluster's documents, in (0, 1]",
         ),
-        *schedule_faults(cfg),
         *schedule_faults(cfg),
         (m.bootstrap_c <= 0, f"matcher.bootstrap_c={m.bootstrap_c} must be positive"),
         (
@@ -306,17 +304,28 @@ def _overlap(cfg: RunConfig) -> list[tuple[bool, str]]:
     useless = {
         f"overlap.rounds={o.rounds}": o.rounds > 1,
         f"overlap.max_cluster_size={o.max_cluster_size}": o.max_cluster_size is not None,
+        f"overlap.balance={o.balance}": o.balance is not None,
         "overlap.fine_tune=true": o.fine_tune,
     }
     return [
         (o.copies > 6, f"overlap.copies={o.copies} must be at most 6"),
         *(
-            (bad and o.copies == 1, f"{name} has no effect with overlap.copies=1, which leaves the tree as it is: use 2")
+            (bad and o.copies == 1, f"{name} has no effect with overlap.copies=1, which leaves the tree as it is")
             for name, bad in useless.items()
         ),
         (
             o.max_cluster_size is not None and o.max_cluster_size < 1,
             f"overlap.max_cluster_size={o.max_cluster_size} must be at least 1, or null for any number",
+        ),
+        (
+            o.max_cluster_size is not None and o.balance is not None,
+            f"overlap.max_cluster_size={o.max_cluster_size} and overlap.balance={o.balance} are two limits: "
+            "set one of them to null",
+        ),
+        (
+            o.balance is not None and o.copies > 1 and o.balance * o.copies < 1,
+            f"overlap.balance={o.balance} leaves less than a place a label in clusters that hold {o.copies} copies: "
+            f"set it to at least {1 / max(o.copies, 1):.2g}, or null for any number",
         ),
         (
             o.fine_tune and cfg.encoder.preset == "none",

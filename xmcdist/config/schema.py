@@ -196,6 +196,7 @@ class OverlapConfig:
     copies: int = 1  # most clusters a label lies in, 1 to 6; 1: the tree stays as it is clustered
     rounds: int = 1  # how often clusters are given out anew and rankers trained again
     max_cluster_size: int | None = None  # most labels given to a cluster; null: any number
+    balance: float | None = None  # the same as a multiple of the mean when every label had all its copies
     merge: str = "max"  # max | mean: a label's score from those of its retrieved copies
     fine_tune: bool = False  # the tree of the matcher is given out anew, too, and the matcher trained on
 

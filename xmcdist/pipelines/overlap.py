@@ -10,6 +10,7 @@ Source: Liu et al., NeurIPS 2021; see `xmcdist.trees.overlap`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -90,24 +91,25 @@ def overlap_tree_stage(
 
     Raises:
         UserError: the tree has no leaf clusters, or ``overlap.max_cluster_size`` leaves too
-            little room for the labels.
+            little room for the labels in them.
     """
     cfg = run.cfg.overlap
 
     def body(folder: Path) -> None:
         tree = LabelTree.load(tree_folder / "tree")
-        _check_room(cfg.max_cluster_size, tree)
+        most = _limit(cfg, tree)
         Y = run.own_rows(run.data.Y("trn"))
-        keep = cfg.copies if cfg.max_cluster_size is None else None
+        keep = cfg.copies if most is None else None
         counts = count_matches(Y, retrieved(), run.world, keep=keep)
-        made = assign(tree, counts, cfg.copies, cfg.max_cluster_size, run.world)
+        made = assign(tree, counts, cfg.copies, most, run.world)
         if run.world.is_main:
             made.tree.save(folder / "tree")
         for t in range(1, made.tree.depth + 1):
             write_csr(folder / f"Y.level-{t}", made.tree.lift(Y, t), run.world)
         run.log.say(f"{name}: {_told(made)}")
 
-    return run.stages.run(name, run.inputs(after=after, copies=cfg.copies, max_cluster_size=cfg.max_cluster_size), body)
+    made_of = {"copies": cfg.copies, "max_cluster_size": cfg.max_cluster_size, "balance": cfg.balance}
+    return run.stages.run(name, run.inputs(after=after, **made_of), body)
 
 
 def last_of_matcher(cfg: OverlapConfig) -> tuple[str, str]:
@@ -126,18 +128,26 @@ def _retrieved(run: Run, features: Features, now: Trained) -> sp.csr_matrix:
     return beam_search(model, features.rows(start, stop), beam=beam, topk=beam, upto_level=level, start=begin)
 
 
-def _check_room(most: int | None, tree: LabelTree) -> None:
+def _limit(cfg: OverlapConfig, tree: LabelTree) -> int | None:
+    """Most labels that a cluster is given.
+
+    Raises:
+        UserError: the tree has no clusters, or there is too little room in them.
+    """
     if tree.depth < 2:
         raise UserError(
             "overlap.copies needs a tree with clusters above the labels, and this one has none: "
             "lower tree.max_leaf_size, or give another tree.path"
         )
-    clusters = tree.level_size(tree.depth - 1)
+    clusters, most = tree.level_size(tree.depth - 1), cfg.max_cluster_size
+    if cfg.balance is not None:
+        return math.ceil(cfg.balance * cfg.copies * tree.num_labels / clusters)
     if most is not None and most * clusters < tree.num_labels:
         raise UserError(
             f"overlap.max_cluster_size={most} leaves room for {most * clusters} labels in {clusters} clusters, but "
             f"there are {tree.num_labels}: set it to at least {-(-tree.num_labels // clusters)}, or null"
         )
+    return most
 
 
 def _told(made: Assignment) -> str:
