@@ -38,7 +38,14 @@ GROUPS, SIZE, DOCS = 4, 12, 240
 LABELS = GROUPS * SIZE
 GROUP = np.random.default_rng(5).permutation(np.arange(LABELS) % GROUPS)
 CHANCE = 0.6  # largest group of a cluster: 0.4 on average where labels fall at random, 1 where groups are found
-FLAT = ["encoder=none", "tree=flat", f"tree.max_leaf_size={SIZE}", "until=tree", "checkpoint.every_steps=0"]
+FLAT = [
+    "encoder=none",
+    "tree=flat",
+    "tree.nr_splits=2",
+    f"tree.max_leaf_size={SIZE}",
+    "until=tree",
+    "checkpoint.every_steps=0",
+]
 
 
 def _words(rng: np.random.Generator, group: int | None, count: int) -> list[str]:
@@ -142,7 +149,7 @@ TINY = "tree.text_encoder=tiny"
 )
 def test_planted_groups(sets: dict[str, Path], by: str, settings: list[str], found: bool) -> None:
     tree = _tree(sets[by], *settings)
-    assert [tree.level_size(t) for t in (1, tree.depth)] == [GROUPS, LABELS]
+    assert [tree.level_size(t) for t in range(1, tree.depth + 1)] == [GROUPS, LABELS]
     assert (_purity(tree) > 0.9) if found else (_purity(tree) < CHANCE)
     if found and by == "texts":
         assert _purity(_tree(_shuffled(sets[by]), *settings)) < CHANCE
@@ -234,6 +241,8 @@ def _made(folder: Path, name: str, world_size: int) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A set with a label without text, embeddings of its documents, and one process's trees."""
+    import torch
+
     folder = tmp_path_factory.mktemp("ranks")
     data = _write(folder / "texts", by="texts")
     lines = (data / "output-items.txt").read_text().splitlines()
@@ -241,8 +250,12 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     np.save(folder / "E.npy", rng.normal(size=(DOCS, 64)).astype(np.float32))
     np.save(folder / "w.npy", rng.random(LABELS))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)  # blocks at once; the ranks have one
     for name in SOURCES:
         _stages(folder, name, World.single(), Mesh(World.single()))
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(threads)
     return folder
 
 
