@@ -227,8 +227,9 @@ def main() -> None:
             neighbours[f"{'rewired' if rewired else 'true'}, seed {seed}"] = found["neighbours"]
             rows[name].append(accuracy(data, run / "embeddings", seed, work / f"{run.name}.json"))
             print(name, rows[name], flush=True)
-    given = " ".join(a for a in sys.argv[1:] if not a.startswith(("--work", "--out")))
-    text = report(counts, rows, neighbours, f"python benchmarks/giant.py {given}".strip())
+    given = [f"--seeds {args.seeds}", f"--controls {args.controls}", f"--steps {args.steps}", *args.settings]
+    given += [f"--nodes {args.nodes}"] if args.nodes is not None else []
+    text = report(counts, rows, neighbours, " ".join(["python benchmarks/giant.py", *given]))
     print(text)
     if args.out:
         args.out.write_text(text, encoding="utf-8")

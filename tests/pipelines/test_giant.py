@@ -157,7 +157,8 @@ def test_hubs_and_lonely_nodes_are_embedded_too_and_rankers_may_follow(tmp_path:
     edges = planted.edges[:, ~(planted.edges == lonely).any(0)]
     hub = np.stack([np.zeros(58, np.int64), np.arange(1, 59)])
     files = Planted(planted.texts, np.hstack([edges, hub]), planted.community, planted.dialect).write(tmp_path)
-    more = ["graph.max_degree=30", "matcher.steps=[2]", "until=null", "evaluation.linear_baseline=true"]
+    more = ["graph.max_degree=30", "matcher.steps=[2]", "matcher.max_clusters=20"]
+    more += ["until=null", "evaluation.linear_baseline=true"]
     found = giant(_config(*files, *more, f"run_dir={tmp_path / 'run'}"), World.single())
     assert found["graph"]["nodes_of_too_many_edges"] == 1
     assert open_csr(tmp_path / "run" / "prepared" / "Y.trn").shape == (58, 60)
@@ -165,6 +166,8 @@ def test_hubs_and_lonely_nodes_are_embedded_too_and_rankers_may_follow(tmp_path:
     again = TextEmbedder.load(tmp_path / "run" / "embeddings" / "encoder")(planted.texts)
     np.testing.assert_allclose(again, X, atol=1e-5)
     assert {"metrics", "baseline", "neighbours"} <= found.keys()
+    assert found["neighbours"]["of"] == "neighbours' clusters (2)"  # the level of the nodes is left to the rankers
+    assert 0 < found["neighbours"]["metrics"]["R@5"] <= 100
     fitted = Tfidf.load(tmp_path / "run" / "stages" / "features" / "tfidf")
     assert fitted.fingerprint == Tfidf.fit(planted.texts, _config(*files).features, World.single()).fingerprint
     assert found["metrics"]["R@10"] > 0

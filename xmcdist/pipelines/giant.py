@@ -40,6 +40,7 @@ from xmcdist.pipelines.precision import decide_precision
 from xmcdist.pipelines.run import Run
 from xmcdist.pipelines.train import train
 from xmcdist.sparse.csr import row_ids, row_slice, without
+from xmcdist.sparse.store import open_csr
 from xmcdist.trees.label_tree import LabelTree
 
 __all__ = ["giant"]
@@ -176,13 +177,14 @@ def _neighbours_stage(run: Run, levels: list[str]) -> dict[str, Any]:
 def _measure(run: Run, levels: list[str]) -> dict[str, Any]:
     """Measures of the last level's beam: of nodes where that level holds the labels, else of clusters of nodes."""
     cfg, T = run.cfg, len(levels)
-    tree = LabelTree.load(Path(cfg.run_dir) / "stages" / last_of_matcher(cfg.overlap)[0] / "tree")
+    made = Path(cfg.run_dir) / "stages" / last_of_matcher(cfg.overlap)[0]
+    tree = LabelTree.load(made / "tree")
     whole = tree.depth == T
     Y, train = run.data.Y("tst"), run.data.Y("trn")
     known = run.data.known("tst") if whole else None
     start, stop = run.own(Y.shape[0])
     if not whole:
-        Y, train = tree.lift(Y, T), tree.lift(train, T)
+        Y, train = tree.lift(Y, T), open_csr(made / f"Y.level-{T}")
     parts = []
     most = max(gather_objects(stop - start))  # searching is collective: all ranks take as many turns
     for low in range(0, most, _DOCUMENTS):
