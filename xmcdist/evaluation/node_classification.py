@@ -103,9 +103,10 @@ def classify_nodes(
         if not len(nodes):
             raise UserError(f"the split has no {name} node with a class: look at split and classes")
     mean, spread = X[parts["train"]].mean(0), X[parts["train"]].std(0)
+    device = torch.device(device)
     inputs = torch.from_numpy((X - mean) / np.where(spread > 0, spread, 1.0)).float().to(device)
     target = torch.from_numpy(y).to(device)
-    with torch.random.fork_rng(devices=[] if str(device) == "cpu" else None):
+    with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         net = _network(how, inputs.shape[1], int(y.max()) + 1).to(device)
         if how.model == "sage":
