@@ -56,9 +56,10 @@ def compose_members(
     for name, own in cfg.members.items():
         named_here = "members" in here or f"members.{name}" in here
         rest = [word for word in of_run if not (_key(word) == "experiment" and _names_experiment(own))]
-        words = [*rest, *own] if named_here else [*own, *_debug_values(of_run), *rest]
+        stronger = [] if named_here else [*_debug_values(of_run), *rest]
+        words = [*rest, *own] if named_here else [*own, *stronger]
         try:
-            one = _with_values(composed, own, rest)
+            one = _with_values(composed, own, stronger)
             one = to_object(compose_unchecked(words) if one is None else one, world_size)
         except ConfigError as error:
             faults += [f"member {name}: {line}" for line in str(error).splitlines()]
@@ -82,30 +83,30 @@ def compose_members(
     return out
 
 
-def _with_values(composed: Any, own: list[str], of_run: list[str]) -> Any:
+def _with_values(composed: Any, own: list[str], stronger: list[str]) -> Any:
     """A composed run with a member's plain values set; None where that is not all there is to do.
 
     It is what Hydra would do after it has read all files again: that takes the longest, and many
     members are made in a second.
+
+    Args:
+        composed: holds what ``stronger`` sets already.
+        own: of the member.
+        stronger: what wins over these.
     """
-    if any(_key(word) == "debug" for word in of_run):
-        return None
-    taken = [word.lstrip("+~").split("=")[0] for word in of_run]
+    taken = [word.lstrip("+~").split("=")[0] for word in stronger]
     out = copy.deepcopy(composed)
     try:
         for override in OverridesParser.create().parse_overrides(own):
             key, folder = override.key_or_group, conf_dir() / override.key_or_group
             plain = not (override.is_add() or override.is_delete() or override.is_sweep_override() or override.package)
-            if not plain or folder.is_dir() or any(_overlap(key, other) for other in taken):
+            if not plain or folder.is_dir() or any(other.startswith(f"{key}.") for other in taken):
                 return None
-            OmegaConf.update(out, key, override.value(), merge=True)
+            if key not in taken:
+                OmegaConf.update(out, key, override.value(), merge=True)
     except (HydraException, OmegaConfBaseException):  # told by Hydra itself, in the way of all settings
         return None
     return out
-
-
-def _overlap(a: str, b: str) -> bool:
-    return f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
 
 
 def needs(run_dir: Path, member: RunConfig) -> dict[str, str]:
