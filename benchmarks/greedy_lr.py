@@ -37,7 +37,7 @@ SETTINGS = [
 
 
 def run(data: Path, work: Path, schedule: str, seed: int, settings: list[str]) -> dict[str, Any]:
-    """Results of one run, trained if they are not there; and the range of the encoder's rate behind the warm-up."""
+    """Results of one run, trained if they are not there; and the encoder's rate at the last step of each level."""
     folder = work / f"{schedule}-{seed}"
     wanted = [*SETTINGS, *settings]
     mark = folder / "settings.json"
@@ -52,9 +52,7 @@ def run(data: Path, work: Path, schedule: str, seed: int, settings: list[str]) -
         subprocess.run([sys.executable, "-m", "xmcdist", "train", *own, *wanted], env=env, cwd=ROOT, check=True)
     results: dict[str, Any] = json.loads((folder / "results.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    trained = [row for row in rows if "lr" in row and row["step"] > 20]
-    last = [row["lr"] for row in trained if row["step"] == row["total"]]
-    return results | {"last_rates": last, "losses": [row["loss"] for row in trained if row["step"] == row["total"]]}
+    return results | {"last_rates": [row["lr"] for row in rows if "lr" in row and row["step"] == row["total"]]}
 
 
 def report(data: Path, args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> str:

@@ -33,7 +33,7 @@ GREEDY = ScheduleConfig(
     min_factor=1 / 8,
     max_factor=8.0,
 )
-SETTING = Setting(micro_batch=2, dropout=0.2, steps=14, save_every=6)
+SETTING = Setting(micro_batch=2, dropout=0.2, steps=14, save_every=4)
 
 
 def _task(setting: Setting, schedule: ScheduleConfig) -> LevelTask:
@@ -84,7 +84,7 @@ def test_one_rate_and_one_ceiling_on_all_ranks_from_different_losses_and_resumed
 
     store = StateStore(tmp_path / "state", mesh, asynchronous=False)
     step, state = hooks.saved[0]
-    assert 0 < step < 14
+    assert factors[step] not in (0.0, 1.0)  # or the state would say nothing
     store.save(step=step, num_rows=NODES, **state)
     place = store.latest()
     assert place is not None
