@@ -198,6 +198,8 @@ def test_mistakes_are_told_before_anything_is_read() -> None:
         assert part in str(told.value)
     with pytest.raises(ConfigError, match=r"did you mean 'graph\.holdout'"):
         _config("graph.holdot=0.1")
+    with pytest.raises(ConfigError, match="are of a graph: start `python -m xmcdist giant`"):
+        compose_run(["experiment=giant_ogbn_arxiv"])
 
 
 def test_classify_a_folder_of_the_open_graph_benchmark(tmp_path: Path) -> None:

@@ -149,6 +149,8 @@ def to_object(composed: Any, world_size: int = 1) -> Any:
 def explain(error: Exception, config_name: str) -> str:
     """Hydra's message in one line or two, with the nearest valid name."""
     text = str(error.__cause__ or error).strip()
+    if "Key 'graph' not in 'RunConfig'" in str(error):
+        return "these settings are of a graph: start `python -m xmcdist giant` with them, not train"
     key = re.search(r"Key '([^']+)' is not in struct|Key '([^']+)' not in '\w+'", str(error) + "\n" + text)
     override = re.search(r"Could not override '([^']+)'", str(error))
     if override and key:
