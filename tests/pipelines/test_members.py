@@ -224,7 +224,10 @@ def test_a_member_that_needs_another_says_so(data: Path, tmp_path: Path) -> None
 
 def test_until_stops_every_member(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert _go(data, run, *LINEAR, "until=tree") == {}
+    needy = "+members.c=['tree.path=${run_dir}/members/a/stages/tree/tree']"
+    assert _go(data, run, *LINEAR, needy, "until=tree") == {}
+    assert "member c: left for later, as until=tree does not finish a" in (run / "run.log").read_text()
+    assert not (run / "members" / "c").exists()
     for name in "ab":
         assert {p.name for p in (run / "members" / name / "stages").iterdir()} == {"features", "tree"}
     assert not (run / "model").exists()

@@ -55,7 +55,7 @@ def train_members(cfg: RunConfig, members: dict[str, RunConfig], world: World) -
 
     With ``cfg.only_members`` these alone are trained, and the ensemble is made when all members
     are finished; ``[]`` trains none and makes it of those that are.  With ``cfg.until`` every
-    member goes as far, and there is no ensemble.
+    member goes as far, those that need another's result wait, and there is no ensemble.
 
     Args:
         cfg: the experiment.
@@ -85,6 +85,10 @@ def train_members(cfg: RunConfig, members: dict[str, RunConfig], world: World) -
                 _make_room(run_dir, name, member, log)
         if _state({name: member}, world)[name] is None:
             log.say(f"member {name}: finished before, skipped")
+            continue
+        waits_for = [other for other in needs(run_dir, member) if other in members]
+        if cfg.until is not None and any(_state({o: members[o] for o in waits_for}, world).values()):
+            log.say(f"member {name}: left for later, as until={cfg.until} does not finish {', '.join(waits_for)}")
             continue
         with errors_together():
             if world.is_main:
