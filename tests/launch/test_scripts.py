@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from xmcdist.config import schema
+from xmcdist.config import commands, schema
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCED = {ROOT / "slurm" / "job.sh"}
@@ -149,7 +149,7 @@ def test_configuration_page_has_every_setting() -> None:
     for group in fields(schema.RunConfig):
         value = getattr(run, group.name)
         names += [f"{group.name}.{f.name}" for f in fields(value)] if is_dataclass(value) else [group.name]
-    for other in (schema.PredictConfig, schema.ServeConfig, schema.EvaluateConfig, schema.TreeShowConfig):
+    for other in (commands.PredictConfig, commands.ServeConfig, commands.EvaluateConfig, commands.TreeShowConfig):
         names += [f.name for f in fields(other) if f.name not in names]
     missing = [name for name in names if f"`{name}`" not in page]
     assert missing == []
