@@ -181,7 +181,7 @@ def report(counts: dict[str, Any], rows: dict[str, list[float]], neighbours: dic
         "| vectors | mean | standard deviation | seeds |",
         "|---|---|---|---|",
     ]
-    for name, values in rows.items():
+    for name, values in ((name, values) for name, values in rows.items() if values):
         spread = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
         lines.append(f"| {name} | {np.mean(values):.2f} | {spread} | {len(values)} |")
     lines += ["", "Edges kept from training, found by the matcher alone (percent):", ""]
