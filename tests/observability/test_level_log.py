@@ -1,7 +1,8 @@
 """What a window tells, against counting by hand."""
 
-from __future__ import mmap
+from __future__ import annotations
 
+import mmap
 import re
 from types import SimpleNamespace
 from typing import Any
