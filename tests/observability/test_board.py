@@ -59,12 +59,12 @@ def test_any_run_is_shown_on_loopback_until_ctrl_c(tmp_path: Path, use: str) -> 
         assert b"<html" in _get(found[1]).lower()
         if use == "tensorboard":
             tags: dict[str, object] = {}
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 180
             while not tags and time.monotonic() < deadline:
                 tags = json.loads(_get(found[1] + "data/plugin/scalars/tags"))
             assert "train/loss" in json.dumps(tags)
         job.send_signal(signal.SIGINT)
-        rest, _ = job.communicate(timeout=60)
+        rest, _ = job.communicate(timeout=180)
         assert job.returncode == 0, rest
         assert "Traceback" not in rest
     finally:
@@ -75,7 +75,7 @@ def test_any_run_is_shown_on_loopback_until_ctrl_c(tmp_path: Path, use: str) -> 
 
 def test_a_folder_without_metrics_is_one_clear_line(tmp_path: Path) -> None:
     job = _start(str(tmp_path))
-    said, _ = job.communicate(timeout=60)
+    said, _ = job.communicate(timeout=180)
     assert job.returncode == 2
     assert said.startswith(f"xmcdist: error: {tmp_path} holds no metrics.jsonl")
     assert len(said.splitlines()) == 1
