@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Generator
 
 import pytest
@@ -9,22 +10,28 @@ import pytest
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
-    """Tests that start processes keep to two workers, so as not to starve each other; others stay together by file.
+    """A file's tests stay on one worker, as they share what its fixtures trained.
 
-    One of the two has whole jobs, the other ranks that are forked and tests that mostly wait.
-    A file's tests share what their fixtures trained.
+    Files that start processes share few workers, so as not to starve each other: one has those
+    that start whole jobs, one those that only fork ranks, one those that mostly wait.
 
     Raises:
         UsageError: pytest-xdist does not heed the groups.  3.8.0 beside pytest 9.2 says nothing and deals out
             every test by itself, so that fixtures are made on all workers.
     """
+    files: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        group = item.nodeid.split("::")[0]
-        if item.get_closest_marker("ranks") or item.get_closest_marker("waiting"):
-            group = "ranks"
-        elif item.get_closest_marker("distributed"):
-            group = "distributed"
-        item.add_marker(pytest.mark.xdist_group(group))
+        files[item.nodeid.split("::")[0]].append(item)
+    for file, tests in files.items():
+        marks = [{mark.name for mark in test.iter_markers()} for test in tests]
+        starting = [names for names in marks if "distributed" in names]
+        group = file
+        if any("waiting" in names for names in marks):
+            group = "waiting"
+        elif starting:
+            group = "ranks" if all("ranks" in names for names in starting) else "jobs"
+        for test in tests:
+            test.add_marker(pytest.mark.xdist_group(group))
     yield
     if getattr(config.option, "loadgroup", False) and not all("@" in item.nodeid for item in items):
         raise pytest.UsageError("this pytest-xdist does not keep groups of tests together: install constraints.txt")

@@ -70,7 +70,9 @@ def test_launched_predictions_are_byte_identical(trained: Path, processes: int, 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("processes", "parallel"), [(3, "documents"), (2, "labels")])
+@pytest.mark.parametrize(
+    ("processes", "parallel"), [(3, "documents"), pytest.param(2, "labels", marks=pytest.mark.matrix)]
+)
 def test_launched_evaluation_measures_the_same(trained: Path, processes: int, parallel: str) -> None:
     name = f"{processes}-{parallel}.eval"
     launch(processes, *_evaluate(trained, f"{name}.json", f"parallel={parallel}"), log=trained / f"{name}.log")

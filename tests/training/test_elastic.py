@@ -78,7 +78,7 @@ def _leg(rank: int, world_size: int, folder: str, kind: str, until: int) -> None
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", [r if r != "ranks" else pytest.param(r, marks=pytest.mark.matrix) for r in ROUTES])
 def test_ranks_and_engines_change_on_the_way(route: str, tmp_path: Path) -> None:
     for ranks, kind, until in ROUTES[route]:
         _leg(world=ranks, folder=str(tmp_path), kind=kind, until=until)
