@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # From a bare checkout to a green test run: lint, types, tests. Words on the command line go to pytest:
 #   bash launch/test.sh tests/trees -k balance
-#   XMCDIST_TEST_WORKERS   test processes (default: one more than cores, at most 4; 0: all in one, for a debugger)
+#   XMCDIST_TEST_WORKERS   test processes (default: two more than cores, at most 4; 0: all in one, for a debugger)
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$root"
 use_venv dev
 export PATH="$venv/bin:$PATH"
 
-workers="$(($(cores) + 1))" # one of them mostly waits; asked before OMP_NUM_THREADS is set, which nproc heeds
+workers="$(($(cores) + 2))" # many tests mostly wait; asked before OMP_NUM_THREADS is set, which nproc heeds
 workers="${XMCDIST_TEST_WORKERS:-$((workers > 4 ? 4 : workers))}"
 
 # Nothing of a test leaves this machine; distributed tests talk over the loopback.

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,15 @@ def _metrics(run: Path) -> Path:
 def _start(*args: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "xmcdist", "board", *args]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=ROOT)
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    job = subprocess.Popen(command, **streams, env=env, cwd=ROOT, preexec_fn=_heed_ctrl_c)
+    assert isinstance(job, subprocess.Popen)
+    return job
+
+
+def _heed_ctrl_c() -> None:
+    """A shell's background jobs ignore it, and so would the board when the tests are such a job."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _get(url: str) -> bytes:

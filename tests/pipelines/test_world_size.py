@@ -17,7 +17,6 @@ LOSS_TOLERANCE = 2e-4  # relative, fp32, a dozen steps a level
 
 KINDS = {
     "1": (1, []),
-    "2": (2, []),
     "3": (3, []),
     "zero3 on 2": (2, ["engine.name=zero3"]),
     "fsdp2 on 2x2": (4, ["engine.name=fsdp2", "engine.label_shards=2"]),

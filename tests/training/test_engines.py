@@ -156,13 +156,13 @@ def _matrix(rank: int, world_size: int, references: str, partitioned: str) -> No
         assert all(s == same[0] for s in same), f"{name}: encoders of the ranks have drifted apart"
 
 
-@on_ranks(2, 3, timeout_s=300)
+@on_ranks(3, timeout_s=300)
 def test_every_engine_equals_one_process_in_fp64(rank: int, world_size: int, references: str, partitioned: str) -> None:
     _matrix(rank, world_size, references, partitioned)
 
 
 @pytest.mark.matrix
-@on_ranks(1, 4, timeout_s=600)
+@on_ranks(1, 2, 4, timeout_s=600)
 def test_every_engine_equals_one_process_in_fp64_elsewhere(
     rank: int, world_size: int, references: str, partitioned: str
 ) -> None:
